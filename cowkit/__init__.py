@@ -1,0 +1,26 @@
+"""Writable, throwaway disks for tests: a copy-on-write view of a read-only base, served over NBD."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cowkit.cow_disk import CowDisk
+    from cowkit.disk import Checkpoint, Extent, Kind
+
+__version__ = "0.1.0"
+
+__all__ = ["Checkpoint", "CowDisk", "Extent", "Kind", "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    # `cowkit diff`, `cowkit ls` and pytest's start-up import this package without needing the engine.
+    if name == "CowDisk":
+        from cowkit.cow_disk import CowDisk
+
+        return CowDisk
+    if name in ("Checkpoint", "Extent", "Kind"):
+        import cowkit.disk
+
+        return getattr(cowkit.disk, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

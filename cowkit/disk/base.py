@@ -1,0 +1,221 @@
+"""The base: the read-only source of a disk's data.
+
+A base is opened read-only and never written. Who it is (device, inode, size, time of last change) is taken down at
+opening and compared later, so that it never changes unnoticed.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from cowkit.disk.counted import Counted
+from cowkit.disk.extent import Extent, Kind
+from cowkit.disk.files import ShortReadError, data_and_holes, map_for_reading, pread_whole
+from cowkit.disk.source import ZeroSource
+from cowkit.errors import BaseChangedError, BaseError, BaseOpenError
+
+_REFUSED = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFCHR: "a character device",
+}
+
+
+class Identity(NamedTuple):
+    """Who a base file is. For a block device ``device`` and ``inode`` name the device itself, and the time is not kept."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+
+class Base(Counted):
+    """A read-only source of ``size`` bytes. The disk holds it, and so does each view of the disk."""
+
+    size: int
+    path: str | None = None
+    """The absolute path of a file or device, symbolic links kept; None where there is none."""
+    given: str | None = None
+    """The path as it was given."""
+    identity: Identity | None = None
+    sparse: bool = False
+    """Whether it may have holes, so that asking :meth:`extents` about a long range pays."""
+
+    @property
+    @abstractmethod
+    def view(self) -> memoryview | None:
+        """See :class:`cowkit.disk.source.Source`."""
+
+    @abstractmethod
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` from ``offset`` on, all of it within ``size``.
+
+        :raises BaseError: it cannot be read.
+        """
+
+    def pread(self, length: int, offset: int) -> bytes:
+        """``length`` bytes from ``offset`` on, all of them within ``size``.
+
+        :raises BaseError: it cannot be read.
+        """
+        buffer = bytearray(length)
+        self.read_into(memoryview(buffer), offset)
+        return bytes(buffer)
+
+    @abstractmethod
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        """Where the range has data (``DATA``) and where nothing is allocated (``HOLE``), in order, without gaps."""
+
+    def will_need(self, offset: int, length: int) -> None:  # noqa: B027 - a hint: doing nothing is an answer
+        """A hint that the range is soon read."""
+
+    @abstractmethod
+    def verify(self) -> None:
+        """Look whether the base is still what it was when it was opened.
+
+        :raises BaseChangedError: it is not.
+        """
+
+    def verify_path(self) -> None:
+        """Look whether the path that a difference would record still leads to this base, as it was.
+
+        :raises BaseChangedError: it does not.
+        """
+        self.verify()
+
+
+class ZeroBase(Base):
+    """Nothing: ``size`` bytes of zeroes."""
+
+    sparse = True
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    @property
+    def view(self) -> None:
+        """None: there is no file behind it."""
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` with zeroes."""
+        ZeroSource().read_into(buffer, offset)
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        """One hole."""
+        if length:
+            yield Extent(offset, length, Kind.HOLE)
+
+    def verify(self) -> None:
+        """Nothing can change."""
+
+    def _close(self) -> None:
+        """Nothing is open."""
+
+
+class FileBase(Base):
+    """A raw image: a regular file, or a block device.
+
+    :raises BaseOpenError: it is missing, unreadable, or neither a regular file nor a block device.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__()
+        self.given: str = os.fspath(path)
+        self.path: str = os.path.abspath(self.given)
+        try:
+            # Look before opening: opening a pipe waits for a writer, opening a device may do something.
+            kind = stat.S_IFMT(os.stat(self.given).st_mode)
+            if kind in _REFUSED:
+                raise BaseOpenError(f"base {self.given} is {_REFUSED[kind]}: give a raw image file or a block device")
+            fd = os.open(self.given, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise BaseOpenError(f"cannot open base {self.given}: {error.strerror}") from error
+        except ValueError as error:
+            raise BaseOpenError(f"cannot open base {self.given!r}: {error}") from error
+        try:
+            self.identity = self._identify(fd)
+            status = os.fstat(fd)
+            self.sparse = stat.S_ISREG(status.st_mode) and status.st_blocks * 512 < status.st_size
+        except OSError as error:
+            os.close(fd)
+            raise BaseOpenError(f"cannot open base {self.given}: {error.strerror}") from error
+        self._fd = fd
+        self.size = self.identity.size
+        self._view: memoryview | None = None
+
+    @staticmethod
+    def _identify(fd: int) -> Identity:
+        status = os.fstat(fd)
+        if stat.S_ISBLK(status.st_mode):
+            return Identity(-1, status.st_rdev, os.lseek(fd, 0, os.SEEK_END), 0)
+        return Identity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+    @property
+    def view(self) -> memoryview | None:
+        """A mapping for system calls to read; see :class:`cowkit.disk.source.Source`."""
+        if self._view is None and self.size:
+            self._view = map_for_reading(self._fd, self.size)
+        return self._view
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` from ``offset`` on.
+
+        :raises BaseChangedError: the file has become shorter than that.
+        :raises BaseError: the system fails to read it.
+        """
+        try:
+            pread_whole(self._fd, buffer, offset)
+        except ShortReadError as error:
+            raise BaseChangedError(f"base {self.given} was cut short while it was in use: {error.strerror}") from error
+        except OSError as error:
+            raise BaseError(f"cannot read base {self.given} at byte {offset}: {error.strerror}") from error
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        """The file's data and holes, as the file system tells them."""
+        return data_and_holes(self._fd, offset, offset + length)
+
+    def will_need(self, offset: int, length: int) -> None:
+        """Have the range read ahead into the page cache."""
+        os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
+
+    def verify(self) -> None:
+        """Compare size and time of last change with what they were at opening, and the file at the path with this one.
+
+        :raises BaseChangedError: the file was written to, cut or extended while it was in use.
+        """
+        assert self.identity is not None
+        now = self._identify(self._fd)
+        if now == self.identity:
+            return
+        if now.size != self.identity.size:
+            what = f"its size went from {self.identity.size} to {now.size} bytes"
+        else:
+            what = "it was written to"
+        raise BaseChangedError(
+            f"base {self.given} changed while it was in use ({what}): what was read from it is not to be trusted; "
+            "keep bases read-only (chmod a-w) and run again"
+        )
+
+    def verify_path(self) -> None:
+        """Look whether the path still leads to this very file, as :meth:`verify` does for the file itself.
+
+        :raises BaseChangedError: it leads to another file, or nowhere.
+        """
+        self.verify()
+        try:
+            same = os.path.samestat(os.stat(self.path), os.fstat(self._fd))
+        except OSError as error:
+            raise BaseChangedError(f"base {self.given} is not there any more: {error.strerror}") from error
+        if not same:
+            raise BaseChangedError(f"base {self.given} was replaced by another file while it was in use: put the old one back")
+
+    def _close(self) -> None:
+        self._view = None
+        os.close(self._fd)

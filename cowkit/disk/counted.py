@@ -1,0 +1,31 @@
+"""Something open that several hold, and that the last one to let go of it closes."""
+
+from __future__ import annotations
+
+import threading
+from typing import Self
+
+
+class Counted:
+    """Begins with one holder, who made it."""
+
+    def __init__(self) -> None:
+        self._holders = 1
+        self._counting = threading.Lock()
+
+    def hold(self) -> Self:
+        """One holder more."""
+        with self._counting:
+            self._holders += 1
+        return self
+
+    def release(self) -> None:
+        """One holder less; the last one closes it."""
+        with self._counting:
+            self._holders -= 1
+            if self._holders:
+                return
+        self._close()
+
+    def _close(self) -> None:
+        raise AssertionError("a subclass says what closing is")

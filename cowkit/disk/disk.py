@@ -1,0 +1,331 @@
+"""The engine disk: a writable view of a read-only base, with checkpoints, to be thrown away."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+from collections.abc import Iterator
+from types import TracebackType
+
+from cowkit.disk.base import Base
+from cowkit.disk.checkpoint import Checkpoint, FrozenView, extents_of_runs
+from cowkit.disk.extent import Extent
+from cowkit.disk.gate import Gate
+from cowkit.disk.layer import default_directory
+from cowkit.disk.overlay import Overlay
+from cowkit.disk.owner_map import OwnerMap
+from cowkit.disk.sizes import LARGEST_DISK
+from cowkit.errors import CheckpointError, DiskClosedError, OutOfBoundsError, UsageError
+
+Buffer = bytes | bytearray | memoryview
+
+DEFAULT_BLOCK_SIZE = 4096
+SMALLEST_BLOCK_SIZE = 512
+LARGEST_BLOCK_SIZE = 16 << 20
+
+LONGEST_NAME = 1023
+"""Of a checkpoint, in bytes: it becomes part of an NBD metadata context's name (at most 4096) and of a QEMU bitmap's (1023)."""
+
+_MERGE_PIECE = 8 << 20
+_MERGE_ROUNDS = 64
+
+
+def check_block_size(block_size: int) -> int:
+    """``block_size`` if it can be one.
+
+    :raises UsageError: it is no power of two from 512 bytes to 16 MiB.
+    """
+    if not SMALLEST_BLOCK_SIZE <= block_size <= LARGEST_BLOCK_SIZE or block_size & (block_size - 1):
+        raise UsageError(f"block size {block_size} is no power of two from {SMALLEST_BLOCK_SIZE} to {LARGEST_BLOCK_SIZE} bytes (16 MiB)")
+    return block_size
+
+
+class Disk:
+    """A writable, throwaway view of ``base``. Safe to use from several threads.
+
+    Order and names of arguments are libnbd's: the length or the data first, then the offset, both in bytes.
+
+    :param base: where the bytes that nobody wrote come from; the disk closes it.
+    :param block_size: the unit of copy-on-write: a power of two from 512 bytes to 16 MiB.
+    :param size: the size in bytes; the base's, unless given. Beyond the base's end the disk reads as zeroes.
+    :param tmpdir: where layers live; ``$TMPDIR`` or ``/var/tmp``, unless given.
+    :param cow_on_read: copy what is read from the base into the overlay.
+    :param cow_on_cache: copy what a cache request names into the overlay.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        *,
+        block_size: int = DEFAULT_BLOCK_SIZE,
+        size: int | None = None,
+        tmpdir: str | os.PathLike[str] | None = None,
+        cow_on_read: bool = False,
+        cow_on_cache: bool = False,
+    ) -> None:
+        self.base = base
+        self.size = base.size if size is None else size
+        self.block_size = check_block_size(block_size)
+        if not 0 <= self.size <= LARGEST_DISK - block_size:
+            raise UsageError(f"disk size {self.size} is out of range: 0 to {LARGEST_DISK - block_size} bytes")
+        directory = default_directory() if tmpdir is None else os.fspath(tmpdir)
+        self.overlay = Overlay(base, self.size, block_size, directory, cow_on_read=cow_on_read, cow_on_cache=cow_on_cache)
+        self.gate = Gate()
+        self.closed = False
+        self._shift = block_size.bit_length() - 1
+        self._checkpoints: list[Checkpoint] = []
+        self._views: dict[FrozenView, int] = {}
+
+    def __enter__(self) -> Disk:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    # Requests
+
+    def pread(self, length: int, offset: int) -> bytes:
+        """``length`` bytes from ``offset`` on.
+
+        :raises OutOfBoundsError: the range is not within the disk.
+        """
+        self._check(offset, length, errno.EINVAL)
+        buffer = bytearray(length)
+        if length:
+            with self.gate.passing():
+                self._open()
+                self.overlay.read_into(memoryview(buffer), offset)
+        return bytes(buffer)
+
+    def pwrite(self, data: Buffer, offset: int) -> None:
+        """Write ``data`` at ``offset``.
+
+        :raises OutOfBoundsError: the range is not within the disk.
+        :raises OverlayFullError: no room; the old bytes stand.
+        """
+        view = memoryview(data).cast("B")
+        self._check(offset, len(view), errno.ENOSPC)
+        if view:
+            with self.gate.passing():
+                self._open()
+                self.overlay.write(view, offset)
+
+    def zero(self, length: int, offset: int) -> None:
+        """Make the range read as zeroes; whole blocks of it take no space any more.
+
+        :raises OutOfBoundsError: the range is not within the disk.
+        :raises OverlayFullError: no room for a block that is zeroed in part; nothing has changed.
+        """
+        self._check(offset, length, errno.ENOSPC)
+        if length:
+            with self.gate.passing():
+                self._open()
+                self.overlay.zero(offset, length)
+
+    def trim(self, length: int, offset: int) -> None:
+        """Give up the range: it reads as zeroes from then on; whole blocks of it take no space any more.
+
+        :raises OutOfBoundsError: the range is not within the disk.
+        :raises OverlayFullError: no room for a block that is trimmed in part; nothing has changed.
+        """
+        self._check(offset, length, errno.EINVAL)
+        if length:
+            with self.gate.passing():
+                self._open()
+                self.overlay.zero(offset, length)
+
+    def cache(self, length: int, offset: int) -> None:
+        """Have the range at hand: copied into the overlay with ``cow_on_cache``, otherwise read ahead.
+
+        :raises OutOfBoundsError: the range is not within the disk.
+        :raises OverlayFullError: with ``cow_on_cache``: no room for the copy; what the disk reads has not changed.
+        """
+        self._check(offset, length, errno.EINVAL)
+        if length:
+            with self.gate.passing():
+                self._open()
+                self.overlay.cache(offset, length)
+
+    def flush(self) -> None:
+        """Nothing is left to do: what was acknowledged is in the overlay, which lives as long as the disk does."""
+        self._open()
+
+    def _check(self, offset: int, length: int, code: int) -> None:
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise OutOfBoundsError(
+                f"{length} bytes at offset {offset} are not within the disk, which has {self.size} bytes", errno=code
+            )
+
+    def _open(self) -> None:
+        if self.closed:
+            raise DiskClosedError("the disk is closed")
+
+    # Checkpoints
+
+    @property
+    def checkpoints(self) -> list[Checkpoint]:
+        """The checkpoints, oldest first."""
+        return list(self._checkpoints)
+
+    def checkpoint(self, name: str | None = None) -> Checkpoint:
+        """Freeze this moment, so that the disk can be rolled back to it.
+
+        :param name: for :meth:`rollback` and for people; ``checkpoint-1`` and so on, unless given.
+        :raises CheckpointError: a checkpoint of that name exists.
+        """
+        with self.gate.shut():
+            self._open()
+            point = Checkpoint(self._free_name(name), self.overlay.map.freeze(), len(self.overlay.stack))
+            self._checkpoints.append(point)
+            self.overlay.seal()
+            return point
+
+    def _free_name(self, name: str | None) -> str:
+        taken = {point.name for point in self._checkpoints}
+        if name is None:
+            number = next(n for n in itertools.count(len(taken) + 1) if f"checkpoint-{n}" not in taken)
+            return f"checkpoint-{number}"
+        if not name or len(name.encode()) > LONGEST_NAME:
+            raise UsageError(f"checkpoint name {name!r} is no text of 1 to {LONGEST_NAME} bytes")
+        if name in taken:
+            raise CheckpointError(f"there is a checkpoint {name!r} already: choose another name, or roll back past it")
+        return name
+
+    def find_checkpoint(self, point: Checkpoint | str) -> Checkpoint:
+        """The checkpoint of that name, or that very one.
+
+        :raises CheckpointError: the disk has no such checkpoint, or was rolled back past it.
+        """
+        for each in self._checkpoints:
+            if each is point or each.name == point:
+                return each
+        name = point.name if isinstance(point, Checkpoint) else point
+        known = ", ".join(repr(each.name) for each in self._checkpoints) or "none"
+        raise CheckpointError(f"the disk has no checkpoint {name!r} (any more); it has: {known}")
+
+    def rollback(self, point: Checkpoint | str) -> None:
+        """Be as at ``point``, which stays; later checkpoints are gone.
+
+        :raises CheckpointError: the disk has no such checkpoint, or was rolled back past it.
+        """
+        with self.gate.shut():
+            self._open()
+            found = self.find_checkpoint(point)
+            del self._checkpoints[self._checkpoints.index(found) + 1 :]
+            self._forget_views_above(found._depth)
+            self.overlay.map.restore(found._map)
+            dropped = self.overlay.drop_layers(found._depth)
+        for layer in dropped:
+            layer.release()
+
+    def reset(self) -> None:
+        """Be as the base is; all checkpoints are gone."""
+        with self.gate.shut():
+            self._open()
+            self._checkpoints.clear()
+            self._forget_views_above(0)
+            self.overlay.map.restore(OwnerMap(self.overlay.map.blocks))
+            dropped = self.overlay.drop_layers(0)
+        for layer in dropped:
+            layer.release()
+
+    def freeze(self) -> FrozenView:
+        """A read-only view of this moment; the disk goes on. Close it when done."""
+        with self.gate.shut():
+            self._open()
+            overlay = self.overlay
+            view = FrozenView(
+                overlay.map.freeze(),
+                base=self.base,
+                size=self.size,
+                block_size=self.block_size,
+                sources=list(overlay.sources),
+                layers=list(overlay.layers.values()),
+                on_close=self._view_closed,
+            )
+            self._views[view] = len(overlay.stack)
+            overlay.seal()
+            return view
+
+    def _forget_views_above(self, depth: int) -> None:
+        """Views that need layers which the disk drops: they hold them by themselves and are no concern of ours any more."""
+        self._views = {view: needed for view, needed in self._views.items() if needed <= depth}
+
+    def _view_closed(self, view: FrozenView) -> None:
+        # What was written while the view was open lies in a layer of its own. Bring the two together again, in steps
+        # that each hold up the clients for a few milliseconds, so that a thousand diffs do not make a thousand layers.
+        for attempt in range(_MERGE_ROUNDS):
+            with self.gate.shut():
+                self._views.pop(view, None)
+                if self.closed:
+                    return
+                depth = max([*(point._depth for point in self._checkpoints), *self._views.values(), 0])
+                most = _MERGE_PIECE if attempt < _MERGE_ROUNDS - 1 else self.size + self.block_size
+                if self.overlay.merge(depth, most):
+                    return
+
+    # What changed
+
+    @property
+    def dirty_bytes(self) -> int:
+        """How many bytes a layer holds or were zeroed."""
+        return sum(extent.length for extent in self.dirty_extents())
+
+    def dirty_extents(
+        self, offset: int = 0, length: int | None = None, *, since: Checkpoint | str | None = None
+    ) -> Iterator[Extent]:
+        """The longest runs within a range that a layer holds (``DATA``) or that were zeroed (``ZERO``), in order.
+
+        :param length: up to the end of the disk, unless given.
+        :param since: only what was written or zeroed since that checkpoint.
+        :raises OutOfBoundsError: the range is not within the disk.
+        """
+        if length is None:
+            length = self.size - offset
+        self._check(offset, length, errno.EINVAL)
+        if not length:
+            return iter(())
+        with self.gate.passing():
+            self._open()
+            point = None if since is None else self.find_checkpoint(since)
+            return iter(list(self.dirty_in_pass(offset, offset + length, point)))
+
+    def dirty_in_pass(self, offset: int, end: int, since: Checkpoint | None) -> Iterator[Extent]:
+        """What :meth:`dirty_extents` tells, for who is inside a pass of the gate already; ``end`` is over ``offset``."""
+        then = None if since is None else since._map
+        runs = self.overlay.map.dirty_runs(offset >> self._shift, ((end - 1) >> self._shift) + 1, then)
+        for extent in extents_of_runs(runs, self._shift, self.size):
+            start = max(extent.offset, offset)
+            yield Extent(start, min(extent.end, end) - start, extent.kind)
+
+    def allocation(self, offset: int, length: int) -> Iterator[Extent]:
+        """The whole range as extents: ``DATA``, ``ZERO`` (zeroed here) or ``HOLE`` (a hole of the base, or beyond its end).
+
+        :raises OutOfBoundsError: the range is not within the disk.
+        """
+        self._check(offset, length, errno.EINVAL)
+        if not length:
+            return iter(())
+        with self.gate.passing():
+            self._open()
+            return iter(list(self.overlay.allocation(offset, offset + length)))
+
+    def close(self) -> None:
+        """Throw away what was written and let go of the base; may be called again.
+
+        :raises BaseChangedError: the base is not what it was at opening. The disk is closed all the same.
+        """
+        with self.gate.shut():
+            if self.closed:
+                return
+            self.closed = True
+            self._checkpoints.clear()
+            self._views.clear()
+            dropped = self.overlay.drop_layers(0)
+        for layer in dropped:
+            layer.release()
+        try:
+            self.base.verify()
+        finally:
+            self.base.release()

@@ -1,0 +1,68 @@
+"""What a base and a layer do with their files: whole reads and writes, mappings, and where the holes are."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from collections.abc import Iterator
+
+from cowkit.disk.extent import Extent, Kind
+
+
+class ShortReadError(OSError):
+    """The file ended before the read did."""
+
+
+def pread_whole(fd: int, buffer: memoryview, offset: int) -> None:
+    """Fill ``buffer`` from ``offset`` on.
+
+    :raises ShortReadError: the file is shorter than that.
+    """
+    while buffer:
+        count = os.preadv(fd, [buffer], offset)
+        if count == 0:
+            raise ShortReadError(errno.EIO, f"the file ends at byte {offset}, {len(buffer)} bytes too soon")
+        buffer = buffer[count:]
+        offset += count
+
+
+def pwrite_whole(fd: int, data: memoryview, offset: int) -> None:
+    """Write all of ``data`` at ``offset``."""
+    while True:
+        count = os.pwrite(fd, data, offset)
+        if count == len(data):
+            return
+        data = data[count:]
+        offset += count
+
+
+def map_for_reading(fd: int, size: int) -> memoryview | None:
+    """A mapping of the file for system calls to read from; None where it cannot be had (then read instead)."""
+    try:
+        return memoryview(mmap.mmap(fd, size, prot=mmap.PROT_READ))
+    except (OSError, ValueError, OverflowError):
+        return None
+
+
+def data_and_holes(fd: int, offset: int, end: int) -> Iterator[Extent]:
+    """The file's data and holes between ``offset`` and ``end``, in order, as the file system tells them (lseek(2)).
+
+    A file system that cannot tell, or a block device, has data all over.
+    """
+    while offset < end:
+        try:
+            data = min(os.lseek(fd, offset, os.SEEK_DATA), end)
+        except OSError as error:
+            # ENXIO: no data from here to the end of the file.
+            data = end if error.errno == errno.ENXIO else offset
+            if error.errno != errno.ENXIO:
+                yield Extent(offset, end - offset, Kind.DATA)
+                return
+        if data > offset:
+            yield Extent(offset, data - offset, Kind.HOLE)
+        if data == end:
+            return
+        hole = min(os.lseek(fd, data, os.SEEK_HOLE), end)
+        yield Extent(data, hole - data, Kind.DATA)
+        offset = hole

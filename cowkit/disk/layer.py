@@ -1,0 +1,119 @@
+"""A layer: a sparse file that holds the blocks written since the last checkpoint, at the disk's own offsets.
+
+The file has no name from birth on, so nothing of it is left after a kill. It is counted: the overlay and each frozen view
+that needs it hold it, and the last one to let go closes it, which gives all its space back.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+
+from cowkit.disk.counted import Counted
+from cowkit.disk.files import ShortReadError, map_for_reading, pread_whole
+from cowkit.errors import OverlayError, OverlayFullError
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+def default_directory() -> str:
+    """``$TMPDIR`` or, without it, ``/var/tmp``: overlays may be large, and ``/tmp`` is memory on many machines."""
+    return os.environ.get("TMPDIR") or "/var/tmp"
+
+
+class Layer(Counted):
+    """A sparse unnamed file of ``size`` bytes in ``directory``.
+
+    :raises OverlayError: it cannot be made there.
+    """
+
+    def __init__(self, size: int, directory: str) -> None:
+        super().__init__()
+        self.size = size
+        self.directory = directory
+        try:
+            self.fd = _unnamed_file(directory)
+        except OSError as error:
+            raise OverlayError(
+                f"cannot make the overlay's file in {directory}: {error.strerror}; "
+                "set TMPDIR (or tmpdir=, --tmpdir) to a directory where files can be written"
+            ) from error
+        self._sized = True
+        try:
+            os.ftruncate(self.fd, size)
+        except OSError:
+            # Some file systems hold no file as large as the disk (ext4: 16 TiB). Blocks near the beginning still fit.
+            self._sized = False
+        self._view: memoryview | None = None
+
+    @property
+    def view(self) -> memoryview | None:
+        """A mapping for system calls to read; see :class:`cowkit.disk.source.Source`."""
+        if self._view is None and self._sized:
+            self._view = map_for_reading(self.fd, self.size)
+        return self._view
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer``; what was never written reads as zeroes."""
+        try:
+            pread_whole(self.fd, buffer, offset)
+        except ShortReadError:
+            raise OverlayError(f"the overlay's file in {self.directory} ends before byte {offset + len(buffer)}") from None
+        except OSError as error:
+            raise self.failed("read", error) from error
+
+    def write(self, parts: list[memoryview], offset: int) -> None:
+        """Write ``parts``, one behind the other, at ``offset``.
+
+        :raises OverlayFullError: no space; some of the bytes may have been written.
+        """
+        left = sum(map(len, parts))
+        try:
+            while True:
+                count = os.pwritev(self.fd, parts, offset)
+                left -= count
+                if not left:
+                    return
+                offset += count
+                while count >= len(parts[0]):
+                    count -= len(parts[0])
+                    parts = parts[1:]
+                parts = [parts[0][count:], *parts[1:]]
+        except OSError as error:
+            raise self.failed("write", error) from error
+
+    def failed(self, what: str, error: OSError) -> OverlayError | OverlayFullError:
+        """The error to raise for a system call that failed on the layer's file."""
+        if error.errno in _FULL:
+            return OverlayFullError(
+                f"no room for the overlay in {self.directory}: {error.strerror}; "
+                "free some space there or set TMPDIR (or tmpdir=, --tmpdir) to a roomier directory"
+            )
+        return OverlayError(f"cannot {what} the overlay's file in {self.directory}: {error.strerror}")
+
+    def punch(self, offset: int, length: int) -> None:
+        """Give back the space of ``length`` bytes, which read as zeroes from then on; where the system can't, keep them."""
+        from cowkit.disk.punch import punch_hole  # ctypes takes 10 ms to import, and few disks are ever trimmed
+
+        punch_hole(self.fd, offset, length)
+
+    def space(self) -> int:
+        """The bytes of storage that the file takes, as the file system accounts them."""
+        return os.fstat(self.fd).st_blocks * 512
+
+    def _close(self) -> None:
+        self._view = None
+        os.close(self.fd)
+
+
+def _unnamed_file(directory: str) -> int:
+    try:
+        return os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+            raise
+    # No O_TMPFILE on this file system (overlayfs of old kernels, NFS, 9p): a name for as short a time as possible.
+    fd, path = tempfile.mkstemp(prefix="cowkit-", dir=directory)
+    os.unlink(path)
+    return fd

@@ -1,0 +1,1 @@
+"""cowkit server."""

@@ -1,0 +1,98 @@
+"""What BLOCK_STATUS tells of a disk: one list of descriptors for each metadata context.
+
+==============================  =======================================================================
+``base:allocation``             bit 0 HOLE, bit 1 ZERO
+``qemu:dirty-bitmap:cow``       bit 0: the overlay owns it, or it was zeroed
+``qemu:dirty-bitmap:NAME``      the same, since the checkpoint of that name
+``qemu:allocation-depth``       0: a hole of the base; 1: the newest layer, zeroed too; 2: the next; ...; the base
+==============================  =======================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+from cowkit.disk import Disk, Kind
+from cowkit.disk.owner_map import BASE, NO_LAYER, ZERO
+from cowkit.errors import CheckpointError
+from cowkit.server import wire
+
+Descriptor = tuple[int, int]
+"""``(length, flags)``; the length is never 0."""
+
+WHOLE_OVERLAY = "cow"
+"""The dirty bitmap of everything since the beginning."""
+
+MOST_DESCRIPTORS = 1 << 16
+"""For one context in one reply. A client asks on from where they end; the protocol's own bound, 2**20, is a second's work."""
+
+_ALLOCATION = {Kind.DATA: 0, Kind.ZERO: wire.STATE_HOLE | wire.STATE_ZERO, Kind.HOLE: wire.STATE_HOLE | wire.STATE_ZERO}
+
+
+def contexts_of(disk: Disk) -> tuple[str, ...]:
+    """The names of the contexts that a disk has at the moment."""
+    bitmaps = [WHOLE_OVERLAY, *(point.name for point in disk.checkpoints if point.name != WHOLE_OVERLAY)]
+    return (wire.BASE_ALLOCATION, wire.ALLOCATION_DEPTH, *(wire.DIRTY_BITMAP + name for name in bitmaps))
+
+
+def describe(disk: Disk, context: str, offset: int, length: int, *, only_one: bool) -> Sequence[Descriptor]:
+    """The descriptors of a context over a range of at least one byte; inside a pass of the disk's gate.
+
+    :raises CheckpointError: the disk was rolled back past the checkpoint that the context is about.
+    """
+    if context == wire.BASE_ALLOCATION:
+        found = _allocation(disk, offset, offset + length)
+    elif context == wire.ALLOCATION_DEPTH:
+        found = _depth(disk, offset, offset + length)
+    else:
+        found = _dirty(disk, context.removeprefix(wire.DIRTY_BITMAP), offset, offset + length)
+    return list(islice(_joined(found), 1 if only_one else MOST_DESCRIPTORS))
+
+
+def _joined(descriptors: Iterator[Descriptor]) -> Iterator[Descriptor]:
+    length, flags = next(descriptors)
+    for more, others in descriptors:
+        if others == flags:
+            length += more
+        else:
+            yield length, flags
+            length, flags = more, others
+    yield length, flags
+
+
+def _allocation(disk: Disk, offset: int, end: int) -> Iterator[Descriptor]:
+    for extent in disk.overlay.allocation(offset, end):
+        yield extent.length, _ALLOCATION[extent.kind]
+
+
+def _dirty(disk: Disk, name: str, offset: int, end: int) -> Iterator[Descriptor]:
+    since = None
+    if name != WHOLE_OVERLAY:
+        try:
+            since = disk.find_checkpoint(name)
+        except CheckpointError as error:
+            raise CheckpointError(f"dirty bitmap {name!r}: {error}") from error
+    for extent in disk.dirty_in_pass(offset, end, since):
+        if extent.offset > offset:
+            yield extent.offset - offset, 0
+        yield extent.length, wire.STATE_DIRTY
+        offset = extent.end
+    if offset < end:
+        yield end - offset, 0
+
+
+def _depth(disk: Disk, offset: int, end: int) -> Iterator[Descriptor]:
+    overlay = disk.overlay
+    # A checkpoint was just taken, or nothing was ever written: the newest layer is there, and empty.
+    newest = 2 if overlay.top == NO_LAYER else 1
+    depth_of = {number: newest + index for index, number in enumerate(reversed(overlay.stack))}
+    depth_of[ZERO] = 1
+    below = newest + len(overlay.stack)
+    for first, last, owner in overlay.map.runs(offset >> overlay.shift, ((end - 1) >> overlay.shift) + 1):
+        start, stop = max(first << overlay.shift, offset), min(last << overlay.shift, end)
+        if owner != BASE:
+            yield stop - start, depth_of[owner]
+            continue
+        for extent in overlay.allocation(start, stop):
+            yield extent.length, 0 if extent.kind is Kind.HOLE else below

@@ -1,0 +1,205 @@
+"""A file that appears all at once: written beside its target under a hidden name, and renamed at the end.
+
+Whatever happens before the rename, an old file at the target stays as it was: an error or Ctrl-C removes the temporary
+file, and after SIGKILL the next writer to the same target does. It tells a dead writer's file from a living one's by
+the flock(2) that each writer holds on its own.
+
+There is no fsync(2): it would take most of the time, and promises something about power cuts of the machine that runs the
+tests, which nobody needs of a difference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import secrets
+import stat
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Self
+
+from cowkit.errors import OutputError
+
+_REFUSED = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFBLK: "a block device",
+}
+
+
+class AtomicOutput:
+    """The file at ``path``, once the ``with`` block has ended without an exception.
+
+    A symbolic link stays, and the file that it points to is replaced. A replaced file's mode is kept; a new one's is
+    what the umask leaves of 0666.
+
+    :param path: where the file is to be; its directory exists.
+    :param spare: files that must not be replaced, under whatever name: the base and what the base needs.
+    :raises OutputError: the file cannot be written, there or at all; the message has ``path`` and the reason.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, spare: Iterable[str] = ()) -> None:
+        self.path = os.fspath(path)
+        self.bytes_written = 0
+        self._spare = tuple(spare)
+        self._target = self._temporary = ""
+        self._mode: int | None = None
+        self._fd = -1
+
+    def __enter__(self) -> Self:
+        try:
+            self._target = os.path.realpath(self.path)
+            self._mode = self._check_target()
+            directory, name = os.path.split(self._target)
+            stem = f".cowkit-{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}-"
+            _remove_stale(directory, stem)
+            self._open(os.path.join(directory, stem))
+            if self._mode is not None:
+                os.fchmod(self._fd, self._mode)
+        except OSError as error:
+            self._discard()
+            raise self._failed(error) from error
+        except ValueError as error:  # a null byte in the path
+            raise OutputError(f"cannot write {self.path!r}: {error}") from error
+        except BaseException:
+            self._discard()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                os.rename(self._temporary, self._target)
+                self._temporary = ""
+        except OSError as failure:
+            raise self._failed(failure) from failure
+        finally:
+            self._discard()
+
+    def pwrite(self, data: bytes | memoryview, offset: int) -> None:
+        """Write all of ``data`` at ``offset``.
+
+        :raises OutputError: there is no room, or the system fails to write.
+        """
+        rest = memoryview(data)
+        try:
+            while rest:
+                # A short write says that room or a limit ran out in its middle: the next one tells which.
+                count = os.pwrite(self._fd, rest, offset)
+                rest = rest[count:]
+                offset += count
+                self.bytes_written += count
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def truncate(self, length: int) -> None:
+        """Make the file ``length`` bytes long.
+
+        :raises OutputError: it cannot be that long.
+        """
+        try:
+            os.ftruncate(self._fd, length)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: OSError) -> OutputError:
+        return OutputError(f"cannot write {self.path}: {error.strerror or error}")
+
+    def _check_target(self) -> int | None:
+        """The mode of the file that is to be replaced, None where there is none yet.
+
+        :raises OutputError: it is nothing that can be replaced.
+        """
+        for spare in self._spare:
+            if self._is_target(spare):
+                raise OutputError(
+                    f"cannot write {self.path}: it is the same file as {spare}, which the disk is based on"
+                )
+        if not self.path or self.path.endswith("/"):
+            raise OutputError(f"cannot write {self.path!r}: give the name of a file")
+        try:
+            status = os.stat(self._target)
+        except FileNotFoundError:
+            directory = os.path.dirname(self._target)
+            if not os.path.isdir(directory):
+                raise OutputError(f"cannot write {self.path}: there is no directory {directory}") from None
+            return None
+        kind = stat.S_IFMT(status.st_mode)
+        if kind in _REFUSED:
+            raise OutputError(f"cannot write {self.path}: it is {_REFUSED[kind]}, give the name of a file")
+        if not os.access(self._target, os.W_OK):
+            raise OutputError(f"cannot write {self.path}: it is there already, and write-protected")
+        return stat.S_IMODE(status.st_mode)
+
+    def _is_target(self, spare: str) -> bool:
+        if os.path.realpath(spare) == self._target:
+            return True  # even where nothing is there at the moment
+        try:
+            return os.path.samefile(spare, self._target)
+        except OSError:
+            return False
+
+    def _open(self, stem: str) -> None:
+        """Make the temporary file and hold its lock."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+        mode = 0o666 if self._mode is None else self._mode & 0o777
+        while True:
+            self._temporary = f"{stem}{secrets.token_hex(8)}.tmp"
+            try:
+                self._fd = os.open(self._temporary, flags, mode)
+            except FileExistsError:
+                self._temporary = ""
+                continue
+            # Another writer that removes stale files may have been faster with the lock: then the file is as good as gone.
+            if _lock(self._fd) is not False and os.fstat(self._fd).st_nlink:
+                return
+            self._discard()
+
+    def _discard(self) -> None:
+        if self._temporary:
+            with contextlib.suppress(OSError):
+                os.unlink(self._temporary)
+            self._temporary = ""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _lock(fd: int) -> bool | None:
+    """Whether the lock could be had; None where the file system has no locks."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _remove_stale(directory: str, stem: str) -> None:
+    """Remove the temporary files that writers to the same target left behind when they were killed.
+
+    It is a courtesy: where it cannot be done, nothing is said.
+    """
+    for path in _named(directory, stem):
+        with contextlib.suppress(OSError):
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                if _lock(fd) and os.path.samestat(os.fstat(fd), os.lstat(path)):
+                    os.unlink(path)
+            finally:
+                os.close(fd)
+
+
+def _named(directory: str, stem: str) -> list[str]:
+    try:
+        names = os.listdir(directory)
+    except OSError:
+        return []
+    return [os.path.join(directory, name) for name in names if name.startswith(stem) and name.endswith(".tmp")]

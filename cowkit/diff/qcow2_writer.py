@@ -1,0 +1,110 @@
+"""Writes a qcow2 version 3 image front to back: clusters come in the disk's order, tables follow what they describe.
+
+In the file: the header's cluster, then data clusters as they come, each L2 table after the data that it maps, and at the
+end the L1 table, the refcount blocks and the refcount table. Clusters are handed out one after another and each is
+used once, so every refcount is 1 and nothing leaks. The used part of a table is written, the rest stays a hole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from cowkit.diff.changed import Batch
+from cowkit.diff.output import AtomicOutput
+from cowkit.diff.qcow2_layout import COPIED, ENTRY, READS_AS_ZERO, Geometry, head_of_file, refcounts_for, up
+from cowkit.disk.extent import Kind
+
+_PAGE = 4096
+
+_ZERO_ENTRY = ENTRY.pack(READS_AS_ZERO)
+_REFCOUNT_ONE = b"\0\1"
+
+
+class Qcow2Writer:
+    """An image of ``shape``, written to ``output``; :meth:`finish` completes it.
+
+    :param backing_file: the name to record, in bytes, at most 1023; None for an image that stands alone.
+    :param backing_format: the backing file's format, such as ``"raw"``.
+    """
+
+    def __init__(
+        self, output: AtomicOutput, shape: Geometry, *, backing_file: bytes | None, backing_format: str
+    ) -> None:
+        self._output = output
+        self._shape = shape
+        self._backing_file = backing_file
+        self._backing_format = backing_format
+        self._end = shape.cluster_size  # the header's cluster comes first
+        self._l1 = bytearray(shape.l1_entries * ENTRY.size)
+        self._l2 = bytearray()
+        self._l2_index = -1
+
+    def add(self, batch: Batch) -> None:
+        """Write the clusters of ``batch``; batches come in the disk's order."""
+        host = self._allocate(len(batch.data))
+        self._put(host, batch.data)
+        size = self._shape.cluster_size
+        for run in batch.runs:
+            for index, count in self._entries(run.offset, run.length):
+                if run.kind is Kind.ZERO:
+                    self._l2[index * ENTRY.size : (index + count) * ENTRY.size] = _ZERO_ENTRY * count
+                    continue
+                for at in range(index * ENTRY.size, (index + count) * ENTRY.size, ENTRY.size):
+                    ENTRY.pack_into(self._l2, at, host | COPIED)
+                    host += size
+
+    def finish(self) -> None:
+        """Write the tables and the header."""
+        shape = self._shape
+        self._put_l2()
+        l1_offset = self._put_table(self._l1) if self._l1 else 0
+        counts = refcounts_for(shape, self._end // shape.cluster_size)
+        blocks = self._allocate(counts.blocks * shape.cluster_size)
+        self._put(blocks, _REFCOUNT_ONE * counts.total)
+        table = self._allocate(counts.table_clusters * shape.cluster_size)
+        self._put(table, b"".join(ENTRY.pack(blocks + i * shape.cluster_size) for i in range(counts.blocks)))
+        head = head_of_file(
+            shape,
+            l1_table_offset=l1_offset,
+            refcount_table_offset=table,
+            refcount_table_clusters=counts.table_clusters,
+            backing_file=self._backing_file,
+            backing_format=self._backing_format,
+        )
+        self._put(0, head)
+        self._output.truncate(self._end)
+
+    def _entries(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        """Index and number of the L2 entries of a range, table by table; ``self._l2`` is the table they are in."""
+        cluster, end = offset // self._shape.cluster_size, (offset + length) // self._shape.cluster_size
+        while cluster < end:
+            table, index = divmod(cluster, self._shape.l2_entries)
+            if table != self._l2_index:
+                self._put_l2()
+                self._l2_index = table
+                self._l2 = bytearray(self._shape.cluster_size)
+            count = min(end - cluster, self._shape.l2_entries - index)
+            yield index, count
+            cluster += count
+
+    def _put_l2(self) -> None:
+        if self._l2_index >= 0:
+            ENTRY.pack_into(self._l1, self._l2_index * ENTRY.size, self._put_table(self._l2) | COPIED)
+
+    def _put_table(self, table: bytearray) -> int:
+        """Write the part of ``table`` that is not zero, in whole pages, and say where the table is."""
+        offset = self._allocate(up(len(table), self._shape.cluster_size))
+        first = (len(table) - len(table.lstrip(b"\0"))) // _PAGE * _PAGE
+        last = up(len(table.rstrip(b"\0")), _PAGE)
+        if first < last:
+            self._put(offset + first, memoryview(table)[first:last])
+        return offset
+
+    def _allocate(self, length: int) -> int:
+        offset = self._end
+        self._end += length
+        return offset
+
+    def _put(self, offset: int, data: bytes | memoryview) -> None:
+        if data:
+            self._output.pwrite(data, offset)

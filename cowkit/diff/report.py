@@ -1,0 +1,107 @@
+"""What came of a difference: how much was dirty, how much of it really changed, and what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from cowkit.disk.extent import Extent, Kind
+from cowkit.disk.sizes import format_size
+
+SCHEMA = 1
+"""The version of what :meth:`DiffReport.to_json` returns; new keys do not change it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiffReport:
+    """A difference that was written. All amounts are in bytes unless they say otherwise.
+
+    *Dirty* was written or zeroed; *changed* differs from the base, in blocks of the disk (or clusters of the image,
+    where those are smaller). What was zeroed for whole clusters over data of the base counts as changed, unread.
+    """
+
+    path: str
+    """Where the image is, as it was asked for."""
+    backing_file: str | None
+    """The name of the base as it is recorded in the image; None for a blank disk."""
+    backing_format: str | None
+    virtual_size: int
+    """The disk's size as the image has it: rounded up to 512 bytes."""
+    cluster_size: int
+    dirty_bytes: int
+    dirty_extents: int
+    """How many runs: neighbours that were written and neighbours that were zeroed count apart."""
+    changed_bytes: int
+    """What differs from the base, what is zeroed included."""
+    changed_extents: int
+    zeroed_bytes: int
+    """The part of what is changed that reads as zeroes now."""
+    zeroed_extents: int
+    bytes_read: int
+    """From the base and from what was written."""
+    bytes_written: int
+    """To the image; holes of its file are not counted."""
+    seconds: float
+    changed: tuple[Extent, ...]
+    """What differs, in order: ``ZERO`` where it reads as zeroes now, ``DATA`` elsewhere."""
+
+    @property
+    def identical_bytes(self) -> int:
+        """What is dirty and yet the same as in the base."""
+        return self.dirty_bytes - self.changed_bytes
+
+    def to_json(self) -> dict[str, object]:
+        """The report as JSON has it: numbers, strings, lists and dictionaries; ``schema`` is the version of its form."""
+        return {
+            "schema": SCHEMA,
+            "path": self.path,
+            "backing_file": self.backing_file,
+            "backing_format": self.backing_format,
+            "virtual_size": self.virtual_size,
+            "cluster_size": self.cluster_size,
+            "dirty_bytes": self.dirty_bytes,
+            "dirty_extents": self.dirty_extents,
+            "changed_bytes": self.changed_bytes,
+            "changed_extents": self.changed_extents,
+            "zeroed_bytes": self.zeroed_bytes,
+            "zeroed_extents": self.zeroed_extents,
+            "identical_bytes": self.identical_bytes,
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written,
+            "seconds": round(self.seconds, 6),
+            "changed": [{"offset": e.offset, "length": e.length, "kind": str(e.kind)} for e in self.changed],
+        }
+
+    def summary(self) -> str:
+        """A few lines for people."""
+        on = f" on top of {self.backing_file}" if self.backing_file is not None else ""
+        lines = [f"{self.path}: {format_size(self.changed_bytes)} changed in {_extents(self.changed_extents)}{on}"]
+        if self.zeroed_bytes:
+            lines.append(f"  {format_size(self.zeroed_bytes)} of it zeroed in {_extents(self.zeroed_extents)}")
+        if self.identical_bytes:
+            lines.append(f"  {format_size(self.identical_bytes)} more were written but are the same as in the base")
+        lines.append(
+            f"  read {format_size(self.bytes_read)}, wrote {format_size(self.bytes_written)} in {self.seconds:.2f} s"
+        )
+        return "\n".join(lines)
+
+
+def _extents(count: int) -> str:
+    return f"{count} extent{'' if count == 1 else 's'}"
+
+
+def amounts(extents: Iterable[Extent]) -> tuple[int, int, int, int]:
+    """Bytes and number of changed extents, then of those that are zeroed.
+
+    Neighbours of different kinds count as one changed extent.
+    """
+    total = count = zeroed = zeroed_count = 0
+    end = -1
+    for extent in extents:
+        total += extent.length
+        count += extent.offset != end
+        end = extent.end
+        if extent.kind is Kind.ZERO:
+            zeroed += extent.length
+            zeroed_count += 1
+    return total, count, zeroed, zeroed_count

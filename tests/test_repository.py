@@ -1,0 +1,128 @@
+"""Claims about the repository itself: scripts, packaging, and what may stand in no file."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ["scripts/cowkit", "scripts/lib", "scripts/test", ".ci/run"]
+UNTRACKED = {".git", ".venv", "__pycache__", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis"}
+# Where somebody's files lie: such a path works on one machine. (/dev, /proc, /tmp, /usr, /var and the like are everybody's.)
+PERSONAL_PATH = re.compile(r"(?<![\w./~$}>])/(?:home|root|Users|work|opt|mnt|srv|media)/[\w.-]+")
+
+
+def text_files() -> list[tuple[str, str]]:
+    found = []
+    for path in sorted(ROOT.rglob("*")):
+        name = path.relative_to(ROOT)
+        if UNTRACKED & set(name.parts) or path.is_symlink() or not path.is_file() or path == Path(__file__).resolve():
+            continue
+        try:
+            found.append((str(name), path.read_text(encoding="utf-8")))
+        except UnicodeDecodeError:
+            continue
+    return found
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_shell_parses_the_script(script: str) -> None:
+    subprocess.run(["bash", "-n", ROOT / script], check=True)
+
+
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "scripts/lib"])
+def test_the_script_can_be_run(script: str) -> None:
+    assert (ROOT / script).stat().st_mode & 0o111 == 0o111
+
+
+def test_no_file_names_a_path_of_one_machine() -> None:
+    found = [
+        f"{name}:{number}: {line.strip()}"
+        for name, text in text_files()
+        for number, line in enumerate(text.splitlines(), 1)
+        if PERSONAL_PATH.search(line)
+    ]
+    assert found == []
+
+
+def test_no_file_names_a_package_index() -> None:
+    pattern = re.compile(r"--(?:extra-)?index-url|--find-links|--trusted-host|PIP_INDEX_URL")
+    assert [name for name, text in text_files() if pattern.search(text)] == []
+
+
+def test_the_unrelated_package_called_nbd_is_no_dependency() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *(one for extra in project["optional-dependencies"].values() for one in extra)]
+    assert [one for one in wanted if re.match(r"(lib)?nbd\b", one)] == []
+
+
+def test_every_dependency_has_a_lower_bound() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *(one for extra in project["optional-dependencies"].values() for one in extra)]
+    assert [one for one in wanted if not re.fullmatch(r"[\w.-]+>=[\d.]+", one)] == []
+
+
+def test_the_package_is_marked_as_typed() -> None:
+    assert (ROOT / "cowkit" / "py.typed").is_file()
+
+
+def test_importing_the_package_imports_no_terminal_and_no_pytest() -> None:
+    code = (
+        "import sys, cowkit; print(sorted({'rich', 'pytest', 'argparse', 'qemu', 'cowkit.server'} & set(sys.modules)))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert shown.stdout.strip() == "[]"
+
+
+@pytest.fixture
+def marked_tests(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
+    """An inner pytest with this project's marks, neither in CI nor with slow tests."""
+    pytester.makeconftest((ROOT / "tests" / "conftest.py").read_text())
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.delenv("RUN_SLOW", raising=False)
+    return pytester
+
+
+def test_a_missing_program_or_module_skips_the_test_but_fails_it_in_ci(
+    marked_tests: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marked_tests.makepyfile("""
+        import pytest
+
+        @pytest.mark.requires("no-such-program")
+        def test_program(): pass
+
+        @pytest.mark.requires(modules=["no_such_package.module"])
+        def test_module(): pass
+
+        @pytest.mark.requires("sh", modules=["json"])
+        def test_all_here(): pass
+    """)
+    marked_tests.runpytest_inprocess("--strict-markers").assert_outcomes(passed=1, skipped=2)
+    monkeypatch.setenv("CI", "true")
+    result = marked_tests.runpytest_inprocess()
+    assert result.parseoutcomes()["passed"] == 1
+    assert "skipped" not in result.parseoutcomes()
+    result.stdout.fnmatch_lines(
+        ["not installed: no-such-program (*", "not installed: import no_such_package.module (*"]
+    )
+
+
+def test_slow_tests_run_only_when_asked_for(marked_tests: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    marked_tests.makepyfile("""
+        import pytest
+
+        @pytest.mark.slow
+        def test_slow(): pass
+
+        def test_quick(): pass
+    """)
+    marked_tests.runpytest_inprocess("--strict-markers").assert_outcomes(passed=1, deselected=1)
+    marked_tests.runpytest_inprocess("-m", "slow").assert_outcomes(passed=1, deselected=1)
+    monkeypatch.setenv("RUN_SLOW", "1")
+    marked_tests.runpytest_inprocess().assert_outcomes(passed=2)

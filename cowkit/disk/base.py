@@ -46,6 +46,10 @@ class Base(Counted):
     identity: Identity | None = None
     sparse: bool = False
     """Whether it may have holes, so that asking :meth:`extents` about a long range pays."""
+    backing_format: str = "raw"
+    """The format, as QEMU names it, that a difference records for its backing file."""
+    backing_refusal: str | None = None
+    """Why a difference cannot name :attr:`given` as its backing file, and what to do instead; None where it can."""
 
     @property
     @abstractmethod
@@ -72,7 +76,7 @@ class Base(Counted):
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """Where the range has data (``DATA``) and where nothing is allocated (``HOLE``), in order, without gaps."""
 
-    def will_need(self, offset: int, length: int) -> None:  # noqa: B027 - a hint: doing nothing is an answer
+    def will_need(self, offset: int, length: int) -> None:
         """A hint that the range is soon read."""
 
     @abstractmethod
@@ -150,6 +154,10 @@ class FileBase(Base):
         self.size = self.identity.size
         self._view: memoryview | None = None
 
+    def fileno(self) -> int:
+        """The descriptor that the file is open on, for what reads formats; it is the base's, who closes it."""
+        return self._fd
+
     @staticmethod
     def _identify(fd: int) -> Identity:
         status = os.fstat(fd)
@@ -214,7 +222,9 @@ class FileBase(Base):
         except OSError as error:
             raise BaseChangedError(f"base {self.given} is not there any more: {error.strerror}") from error
         if not same:
-            raise BaseChangedError(f"base {self.given} was replaced by another file while it was in use: put the old one back")
+            raise BaseChangedError(
+                f"base {self.given} was replaced by another file while it was in use: put the old one back"
+            )
 
     def _close(self) -> None:
         self._view = None

@@ -64,7 +64,9 @@ class FrozenView:
     def __enter__(self) -> FrozenView:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     @property
@@ -90,6 +92,13 @@ class FrozenView:
         end = self._check(offset, len(buffer))
         if not buffer:
             return
+        block = offset >> self._shift
+        if (end - 1) >> self._shift == block:
+            # Scattered small changes are what differences mostly consist of.
+            source = self._sources[self.map.owner(block)]
+            assert source is not None
+            source.read_into(buffer, offset)
+            return
         for first, last, owner in self.map.runs(offset >> self._shift, ((end - 1) >> self._shift) + 1):
             start, stop = max(first << self._shift, offset), min(last << self._shift, end)
             source = self._sources[owner]
@@ -113,7 +122,9 @@ class FrozenView:
         if self._closed:
             raise DiskClosedError("this view of the disk is closed")
         if offset < 0 or length < 0 or offset + length > self.size:
-            raise OutOfBoundsError(f"bytes {offset} to {offset + length} are not within the disk, which has {self.size}")
+            raise OutOfBoundsError(
+                f"bytes {offset} to {offset + length} are not within the disk, which has {self.size}"
+            )
         return offset + length
 
     def close(self) -> None:

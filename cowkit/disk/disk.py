@@ -37,7 +37,9 @@ def check_block_size(block_size: int) -> int:
     :raises UsageError: it is no power of two from 512 bytes to 16 MiB.
     """
     if not SMALLEST_BLOCK_SIZE <= block_size <= LARGEST_BLOCK_SIZE or block_size & (block_size - 1):
-        raise UsageError(f"block size {block_size} is no power of two from {SMALLEST_BLOCK_SIZE} to {LARGEST_BLOCK_SIZE} bytes (16 MiB)")
+        raise UsageError(
+            f"block size {block_size} is no power of two from {SMALLEST_BLOCK_SIZE} to {LARGEST_BLOCK_SIZE} bytes (16 MiB)"
+        )
     return block_size
 
 
@@ -70,7 +72,9 @@ class Disk:
         if not 0 <= self.size <= LARGEST_DISK - block_size:
             raise UsageError(f"disk size {self.size} is out of range: 0 to {LARGEST_DISK - block_size} bytes")
         directory = default_directory() if tmpdir is None else os.fspath(tmpdir)
-        self.overlay = Overlay(base, self.size, block_size, directory, cow_on_read=cow_on_read, cow_on_cache=cow_on_cache)
+        self.overlay = Overlay(
+            base, self.size, block_size, directory, cow_on_read=cow_on_read, cow_on_cache=cow_on_cache
+        )
         self.gate = Gate()
         self.closed = False
         self._shift = block_size.bit_length() - 1
@@ -80,7 +84,9 @@ class Disk:
     def __enter__(self) -> Disk:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     # Requests
@@ -323,6 +329,7 @@ class Disk:
             self._checkpoints.clear()
             self._views.clear()
             dropped = self.overlay.drop_layers(0)
+            self.overlay.views.clear()  # the base's mapping has a descriptor of its own
         for layer in dropped:
             layer.release()
         try:

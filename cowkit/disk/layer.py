@@ -59,7 +59,9 @@ class Layer(Counted):
         try:
             pread_whole(self.fd, buffer, offset)
         except ShortReadError:
-            raise OverlayError(f"the overlay's file in {self.directory} ends before byte {offset + len(buffer)}") from None
+            raise OverlayError(
+                f"the overlay's file in {self.directory} ends before byte {offset + len(buffer)}"
+            ) from None
         except OSError as error:
             raise self.failed("read", error) from error
 
@@ -85,6 +87,11 @@ class Layer(Counted):
 
     def failed(self, what: str, error: OSError) -> OverlayError | OverlayFullError:
         """The error to raise for a system call that failed on the layer's file."""
+        if error.errno == errno.EFBIG:
+            return OverlayFullError(
+                f"the overlay in {self.directory} cannot hold a disk of {self.size} bytes that far: {error.strerror}; "
+                "set TMPDIR (or tmpdir=, --tmpdir) to a file system with larger files (XFS, Btrfs), or raise `ulimit -f`"
+            )
         if error.errno in _FULL:
             return OverlayFullError(
                 f"no room for the overlay in {self.directory}: {error.strerror}; "

@@ -42,7 +42,9 @@ Segment = tuple[int, int, memoryview | None]
 class Overlay:
     """The overlay of a disk of ``size`` bytes on ``base``. Offsets are within the disk: the caller has checked."""
 
-    def __init__(self, base: Base, size: int, block_size: int, directory: str, *, cow_on_read: bool, cow_on_cache: bool) -> None:
+    def __init__(
+        self, base: Base, size: int, block_size: int, directory: str, *, cow_on_read: bool, cow_on_cache: bool
+    ) -> None:
         self.base = base
         self.size = size
         self.block_size = block_size
@@ -60,6 +62,7 @@ class Overlay:
         """Who holds the bytes, by owner."""
         self.views: list[memoryview | None] = [None] * 256
         """The mappings that system calls may read, by owner, as far as they were needed so far."""
+        self._look_from = _WORTH_A_LOOK if base.sparse else size + 1
         self._stripes = [threading.Lock() for _ in range(_STRIPES)]
         self._growing = threading.Lock()
 
@@ -74,7 +77,7 @@ class Overlay:
         start = first & CHUNK_MASK
         chunk = self.map.chunks[first >> CHUNK_SHIFT]
         owner = chunk[start]
-        if count > 1 and chunk.count(owner, start, start + count) != count:
+        if count > 1 and (chunk.count(owner, start, start + count) != count or end - offset >= self._look_from):
             return None
         view = self.views[owner]
         return view[offset:end] if view is not None else None
@@ -100,7 +103,7 @@ class Overlay:
 
     def _base_segments(self, start: int, stop: int) -> Iterator[Segment]:
         inside = max(start, min(stop, self.base.size))
-        if inside - start >= _WORTH_A_LOOK and self.base.sparse:
+        if inside - start >= self._look_from:
             for extent in self.base.extents(start, inside - start):
                 hole = extent.kind is Kind.HOLE
                 yield extent.offset, extent.end, None if hole else self._seen(BASE, extent.offset, extent.end)
@@ -200,7 +203,9 @@ class Overlay:
         else:
             parts = [(offset, min(whole_first << self.shift, end)), (max(whole_last << self.shift, offset), end)]
         with self._claim(first, last):
-            writes = [(memoryview(bytes(stop - start)), start) for start, stop in parts if self._needs_zeroes(start, stop)]
+            writes = [
+                (memoryview(bytes(stop - start)), start) for start, stop in parts if self._needs_zeroes(start, stop)
+            ]
             if writes:
                 self._write_claimed(writes)
             if whole_first < whole_last:
@@ -287,7 +292,9 @@ class Overlay:
         number = next((n for n in range(FIRST_LAYER, LAST_LAYER + 1) if n not in self.layers), None)
         if number is None:
             limit = LAST_LAYER + 1 - FIRST_LAYER
-            raise CheckpointError(f"the disk has {limit} layers, the most it can have: roll back to an earlier checkpoint, or reset it")
+            raise CheckpointError(
+                f"the disk has {limit} layers, the most it can have: roll back to an earlier checkpoint, or reset it"
+            )
         self.layers[number] = self.sources[number] = Layer(self.size, self.directory)
         self.stack.append(number)
         self.top = number

@@ -27,7 +27,9 @@ def parse_size(size: int | str, *, what: str = "size") -> int:
     else:
         match = _SIZE.fullmatch(size)
         if match is None:
-            raise UsageError(f"{what} {size!r} is no size: give a number of bytes, or one with K, M, G, T, P or E, such as '64M'")
+            raise UsageError(
+                f"{what} {size!r} is no size: give a number of bytes, or one with K, M, G, T, P or E, such as '64M'"
+            )
         number = Fraction(match[1]) * 1024 ** _UNITS.index((match[2] or "B").upper())
     if number.denominator != 1:
         raise UsageError(f"{what} {size!r} is no whole number of bytes")

@@ -139,15 +139,18 @@ class Haggling:
     def _forget(self) -> None:
         self._structured = False
         self._extended = False
-        self.forget_contexts()
+        self._forget_contexts()
 
-    def forget_contexts(self) -> None:
+    def _forget_contexts(self) -> None:
         """No metadata context is selected any more."""
         self._selected: tuple[tuple[int, str], ...] = ()
         self._selected_for: str | None = None
 
-    def refusal(self, option: int, length: int) -> OptionRefused | None:
-        """Why ``option`` with ``length`` bytes of data is refused whatever they are, if it is."""
+    def begin(self, option: int, length: int) -> OptionRefused | None:
+        """The header of ``option`` is there: why ``length`` bytes of data are refused whatever they are, if they are."""
+        if option == Option.SET_META_CONTEXT:
+            # It replaces the earlier set even when it fails, and it can fail before anything looks at its data.
+            self._forget_contexts()
         name = option_name(option)
         if option == Option.ABORT:
             return None
@@ -165,7 +168,7 @@ class Haggling:
         return OptionRefused(Reply.ERR_TOO_BIG, f"{name} came with {length} bytes of data: the limit is {rule.longest}")
 
     def answer(self, option: int, data: bytes) -> Answer:
-        """Act on an option for which there is no :meth:`refusal`.
+        """Act on ``option``, which :meth:`begin` did not refuse.
 
         :raises OptionRefused: its data, or what was agreed on before, forbids it.
         """
@@ -244,7 +247,6 @@ class Haggling:
         return self._meta_contexts(option, [(0, context) for context in meta_contexts.listed(export.contexts, queries)])
 
     def _set_meta_context(self, option: int, data: bytes) -> Answer:
-        self.forget_contexts()
         if not self._structured:
             raise OptionRefused(
                 Reply.ERR_INVALID, "SET_META_CONTEXT goes with STRUCTURED_REPLY or EXTENDED_HEADERS: send that first"

@@ -95,7 +95,8 @@ class Negotiation:
                 negotiation.receive(data)
             else:
                 negotiation.receive_eof()
-            connection.sendall(negotiation.take_output())
+            if output := negotiation.take_output():
+                connection.sendall(output)
 
     However the client's bytes are cut into pieces, the outcome is the same. No input makes a method raise, only a
     mistake of the driver does, or of ``exports``. Not thread-safe, but for :meth:`shut_down`.
@@ -213,10 +214,7 @@ class Negotiation:
         self._check_limits(length)
         if not self._fixed_newstyle and option != Option.EXPORT_NAME:
             raise ProtocolError(f"the client sent {option_name(option)} without having set the flag FIXED_NEWSTYLE")
-        if option == Option.SET_META_CONTEXT:
-            # It replaces the earlier set even when it fails, and it can fail before anything looks at its data.
-            self._haggling.forget_contexts()
-        refused = self._haggling.refusal(option, length)
+        refused = self._haggling.begin(option, length)
         if refused is not None and option == Option.EXPORT_NAME:
             raise refused
         if refused is not None:

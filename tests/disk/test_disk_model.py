@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from cowkit.disk import Checkpoint, Disk, FileBase, FrozenView, Kind, ZeroBase
 
@@ -31,7 +38,9 @@ class DiskMachine(RuleBasedStateMachine):
         on_cache=st.booleans(),
         on_read=st.booleans(),
     )
-    def make(self, size: int, block_shift: int, extra: int, blank: bool, seed: int, on_cache: bool, on_read: bool) -> None:
+    def make(
+        self, size: int, block_shift: int, extra: int, blank: bool, seed: int, on_cache: bool, on_read: bool
+    ) -> None:
         self.block = 1 << block_shift
         self.copies = (on_cache or on_read) and not blank
         if blank:
@@ -45,7 +54,12 @@ class DiskMachine(RuleBasedStateMachine):
             base = FileBase(path)
             self.model = content + bytearray(extra)
         self.disk = Disk(
-            base, block_size=self.block, size=size + extra, tmpdir=self.folder, cow_on_cache=on_cache, cow_on_read=on_read
+            base,
+            block_size=self.block,
+            size=size + extra,
+            tmpdir=self.folder,
+            cow_on_cache=on_cache,
+            cow_on_read=on_read,
         )
         self.dirty: dict[int, Kind] = {}
         self.size = size + extra
@@ -173,7 +187,11 @@ def test_a_disk_is_a_bytearray_with_checkpoints_views_and_a_dirty_map(tmp_path: 
     run_state_machine_as_test(
         DiskMachine,
         settings=settings(
-            max_examples=120, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=False
+            max_examples=120,
+            stateful_step_count=25,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+            derandomize=False,
         ),
     )
 

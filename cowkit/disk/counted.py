@@ -19,6 +19,11 @@ class Counted:
             self._holders += 1
         return self
 
+    @property
+    def unshared(self) -> bool:
+        """Whether there is one holder alone."""
+        return self._holders == 1
+
     def release(self) -> None:
         """One holder less; the last one closes it."""
         with self._counting:

@@ -222,8 +222,7 @@ class Disk:
             self._forget_views_above(found._depth)
             self.overlay.map.restore(found._map)
             dropped = self.overlay.drop_layers(found._depth)
-        for layer in dropped:
-            layer.release()
+        self.overlay.put_away(dropped)
 
     def reset(self) -> None:
         """Be as the base is; all checkpoints are gone."""
@@ -233,8 +232,7 @@ class Disk:
             self._forget_views_above(0)
             self.overlay.map.restore(OwnerMap(self.overlay.map.blocks))
             dropped = self.overlay.drop_layers(0)
-        for layer in dropped:
-            layer.release()
+        self.overlay.put_away(dropped)
 
     def freeze(self) -> FrozenView:
         """A read-only view of this moment; the disk goes on. Close it when done."""
@@ -332,6 +330,7 @@ class Disk:
             self.overlay.views.clear()  # the base's mapping has a descriptor of its own
         for layer in dropped:
             layer.release()
+        self.overlay.release_spare()
         try:
             self.base.verify()
         finally:

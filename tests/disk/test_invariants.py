@@ -190,12 +190,44 @@ def test_zeroing_and_trimming_give_overlay_space_back(tmp_path: Path, forget: st
         assert [*disk.dirty_extents()] == [(0, 32 << 20, Kind.ZERO)]
 
 
-def test_rolling_back_gives_overlay_space_back(tmp_path: Path) -> None:
+def test_rolling_back_again_and_again_takes_no_more_space_than_once(tmp_path: Path) -> None:
     with Disk(ZeroBase(64 << 20), tmpdir=tmp_path) as disk:
         point = disk.checkpoint()
-        disk.pwrite(b"x" * (8 << 20), 0)
-        disk.rollback(point)
-        assert not disk.overlay.layers and not disk.dirty_bytes
+        for _ in range(20):
+            disk.pwrite(b"x" * (8 << 20), 0)
+            assert disk.overlay.layers[disk.overlay.top].space() <= 9 << 20
+            disk.rollback(point)
+            assert disk.pread(64 << 20, 0) == bytes(64 << 20)
+            assert not disk.overlay.layers and not disk.dirty_bytes
+
+
+def test_what_a_rollback_left_for_later_makes_room_when_there_is_none(tmp_path: Path) -> None:
+    folder = tmp_path / "small"
+    folder.mkdir()
+    script = f"""
+import subprocess
+from cowkit.disk import Disk, ZeroBase
+from cowkit.errors import OverlayFullError
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "none", {str(folder)!r}], check=True)
+with Disk(ZeroBase(4 << 20), tmpdir={str(folder)!r}) as disk:
+    disk.pwrite(b"a" * 4096, 0)
+    point = disk.checkpoint()
+    disk.pwrite(b"b" * (600 << 10), 1 << 20)
+    early = disk.checkpoint()
+    disk.pwrite(b"c" * (300 << 10), 2 << 20)
+    disk.rollback(point)
+    disk.pwrite(b"d" * (900 << 10), 3 << 20)
+    assert disk.pread(900 << 10, 3 << 20) == b"d" * (900 << 10)
+    try:
+        disk.pwrite(b"e" * (900 << 10), 1 << 20)
+    except OverlayFullError:
+        assert disk.pread(900 << 10, 1 << 20) == bytes(900 << 10)
+    else:
+        raise AssertionError("there was no room for this")
+"""
+    if subprocess.run(["unshare", "-rm", "true"], check=False, capture_output=True).returncode:
+        pytest.skip("no file system of its own can be mounted here (unshare -rm)")
+    subprocess.run(["unshare", "-rm", sys.executable, "-c", script], check=True)
 
 
 def test_a_disk_of_4_tib_opens_in_a_few_mib() -> None:

@@ -23,10 +23,12 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cowkit.errors import ControlError, ListenError
+
+if TYPE_CHECKING:
+    from pathlib import Path  # imported late: `cowkit diff` and `cowkit ls` do without it, and are quicker for that
 
 SOCKET_PATH_LIMIT = 107
 """The most bytes that the path of a Unix socket may have (unix(7): 108 with the zero byte at its end)."""
@@ -109,12 +111,14 @@ def runtime_dir() -> Path:
         raise ListenError(f"cannot make the runtime directory {directory}: {why}; COWKIT_RUNTIME_DIR names another") from error
     if refusal:
         raise ListenError(f"the runtime directory {directory} is not safe: {refusal}; COWKIT_RUNTIME_DIR names another")
+    from pathlib import Path
+
     return Path(directory)
 
 
-_held: dict[Path, int] = {}
+_held: dict[str, int] = {}
 """The private directories of this process, each with the descriptor that holds its lock."""
-_pruned: set[Path] = set()
+_pruned: set[str] = set()
 
 
 def _after_fork_in_child() -> None:
@@ -132,9 +136,9 @@ def make_socket_dir() -> Path:
     :raises ListenError: there is no safe runtime directory, or nothing can be made in it.
     """
     parent = runtime_dir()
-    if parent not in _pruned:
-        _pruned.add(parent)
-        for _ in _living(parent):
+    if str(parent) not in _pruned:
+        _pruned.add(str(parent))
+        for _ in _living(str(parent)):
             pass
     while True:
         directory = parent / f"{os.getpid()}-{os.urandom(3).hex()}"
@@ -159,22 +163,22 @@ def make_socket_dir() -> Path:
         if not os.fstat(fd).st_nlink:
             os.close(fd)  # somebody did
             continue
-        _held[directory] = fd
+        _held[str(directory)] = fd
         return directory
 
 
 def remove_socket_dir(directory: Path) -> None:
     """Remove what :func:`make_socket_dir` gave, with all that is in it. What is not this process's is left alone."""
-    fd = _held.pop(directory, None)
+    fd = _held.pop(str(directory), None)
     if fd is None:
         return
     try:
-        _remove(directory.name, directory.parent, fd)
+        _remove(str(directory), fd)
     finally:
         os.close(fd)
 
 
-def _remove(name: str, parent: Path, fd: int) -> None:
+def _remove(directory: str, fd: int) -> None:
     """Remove the directory that is open as ``fd`` and the files in it; others may be doing the same."""
     try:
         for file in os.listdir(fd):
@@ -182,19 +186,19 @@ def _remove(name: str, parent: Path, fd: int) -> None:
                 os.unlink(file, dir_fd=fd)
             except OSError:
                 pass  # not ours, or gone: in the first case the directory stays
-        os.rmdir(parent / name)
+        os.rmdir(directory)
     except OSError:
         pass
 
 
-def _living(parent: Path) -> Iterator[tuple[Path, int]]:
+def _living(parent: str) -> Iterator[int]:
     """The private directories that are in use, each open for the loop's body; those that are not are removed."""
     for name in sorted(os.listdir(parent)):
         if not _NAME.fullmatch(name):
             continue
-        directory = parent / name
+        directory = os.path.join(parent, name)
         if directory in _held:
-            yield directory, _held[directory]  # asking for its lock through another descriptor would say the same
+            yield _held[directory]  # asking for its lock through another descriptor would say the same
             continue
         try:
             fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -204,11 +208,22 @@ def _living(parent: Path) -> Iterator[tuple[Path, int]]:
             try:
                 fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                yield directory, fd
+                yield fd
             else:
-                _remove(name, parent, fd)
+                _remove(directory, fd)
         finally:
             os.close(fd)
+
+
+def identity_of(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Who the file at ``path`` is, whatever it is called: device and inode; for a block device -1 and its number.
+
+    :raises OSError: there is none, or it cannot be reached.
+    """
+    status = os.stat(path)
+    if stat.S_ISBLK(status.st_mode):
+        return -1, status.st_rdev
+    return status.st_dev, status.st_ino
 
 
 class ServerInfo(NamedTuple):
@@ -220,7 +235,7 @@ class ServerInfo(NamedTuple):
     base: str | None
     """The absolute path of its base; None for a blank disk."""
     identity: tuple[int, int] | None
-    """Device and inode of the base (stat(2)'s ``st_dev`` and ``st_ino``); None for a blank disk."""
+    """Who the base is, see :func:`identity_of`; None for a blank disk."""
     size: int
     """Bytes."""
     uris: tuple[str, ...]
@@ -294,7 +309,7 @@ def running() -> list[ServerInfo]:
         try:
             refusal = _refusal(candidate)
             if refusal is None:
-                for _, fd in _living(Path(candidate)):
+                for fd in _living(candidate):
                     info = _published(fd)
                     if info is not None:
                         found.append(info)

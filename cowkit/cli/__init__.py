@@ -1,0 +1,1 @@
+"""The `cowkit` command: thin glue."""

@@ -1,0 +1,101 @@
+"""Which of the running servers a command is about."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import stat
+
+from cowkit.cli.arguments import file_argument
+from cowkit.errors import ControlError
+from cowkit.server.control import ControlClient
+from cowkit.server.runtime import ServerInfo, identity_of, running
+
+
+def add_choice(parser: argparse.ArgumentParser) -> None:
+    """What says which server is meant."""
+    which = parser.add_argument_group("which disk (may be left out while there is only one)")
+    file_argument(which.add_argument("--base", metavar="BASE", help="the disk of this base, under whatever path"))
+    which.add_argument(
+        "--from",
+        dest="source",
+        metavar="SERVER",
+        help="the server of this name, process id, NBD URI or control socket; `cowkit ls` lists them",
+    )
+
+
+def choose(base: str | None, source: str | None) -> ServerInfo:
+    """The one running server that is meant.
+
+    :raises ControlError: there is none, there are several, or ``source`` serves another base than ``base``.
+    """
+    servers = running()
+    if source is not None:
+        found = _from(source, servers)
+        if base is not None:
+            found = [server for server in found if _serves(server, base)]
+            wanted = f"--from {source} with base {base}"
+        else:
+            wanted = f"--from {source}"
+    elif base is not None:
+        found = [server for server in servers if _serves(server, base)]
+        wanted = f"base {base}"
+    else:
+        found = servers
+        wanted = "what is being served"
+    if len(found) == 1:
+        return found[0]
+    if found:
+        more = " by process id" if source is not None else ""
+        raise ControlError(f"{len(found)} servers match {wanted}: {_list(found)}; choose one{more} with --from")
+    if not servers:
+        start = f"cowkit serve {base or 'BASE'}"
+        raise ControlError(f"no server matches {wanted}: nothing is being served; start one with `{start}`")
+    raise ControlError(f"no server matches {wanted}; these are running: {_list(servers)}; choose one with --from")
+
+
+def _list(servers: list[ServerInfo]) -> str:
+    return ", ".join(
+        f"{server.name} (pid {server.pid}, {f'base {server.base}' if server.base else 'blank'}, {server.uri})" for server in servers
+    )
+
+
+def _serves(server: ServerInfo, base: str) -> bool:
+    """Whether ``base`` is the server's, by identity, or by path: then the server itself says that it was replaced."""
+    if server.base is None:
+        return False
+    try:
+        if identity_of(base) == server.identity:
+            return True
+    except (OSError, ValueError):
+        pass
+    return os.path.realpath(base) == os.path.realpath(server.base)
+
+
+def _from(source: str, servers: list[ServerInfo]) -> list[ServerInfo]:
+    by_pid = [server for server in servers if str(server.pid) == source]
+    if by_pid:
+        return by_pid
+    found = [
+        server
+        for server in servers
+        if source in (server.name, *server.uris) or os.path.realpath(source) == os.path.realpath(server.control)
+    ]
+    if found:
+        return found
+    try:
+        if stat.S_ISSOCK(os.stat(source).st_mode):
+            return [_ask(source)]
+    except (OSError, ValueError):
+        pass
+    return []
+
+
+def _ask(path: str) -> ServerInfo:
+    """What the server behind a control socket that is in none of our lists has to say of itself."""
+    with ControlClient(path) as client:
+        said = client.execute("cowkit-query-disk")
+    try:
+        return ServerInfo.from_json({**said, "control": os.path.abspath(path)})
+    except (TypeError, ValueError, KeyError) as error:
+        raise ControlError(f"the server at {path} is no cowkit of this version") from error

@@ -1,0 +1,41 @@
+"""`cowkit completion`: print what makes a shell complete the command line."""
+
+from __future__ import annotations
+
+import argparse
+
+from cowkit.cli.arguments import FILE, whole_parser
+from cowkit.errors import MissingToolError
+
+DESCRIPTION = "Print shell code that makes the shell complete cowkit's commands, options and file names."
+EXAMPLES = """
+cowkit completion bash > ~/.local/share/bash-completion/completions/cowkit
+cowkit completion zsh > ~/.zfunc/_cowkit   # a directory of $fpath
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `cowkit completion` takes."""
+    parser.add_argument("shell", metavar="SHELL", choices=("bash", "zsh", "tcsh"), help="bash, zsh or tcsh")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Have shtab write it."""
+    try:
+        import shtab
+    except ImportError as error:
+        remedy = "pip install shtab"
+        raise MissingToolError("shtab (a Python package)", purpose="cowkit completion", remedy=remedy) from error
+    parser = whole_parser(complete=True)
+    _complete_files(parser, shtab.FILE)
+    print(shtab.complete(parser, arguments.shell))
+    return 0
+
+
+def _complete_files(parser: argparse.ArgumentParser, how: object) -> None:
+    for action in parser._actions:
+        if hasattr(action, FILE):
+            action.complete = how  # type: ignore[attr-defined]
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                _complete_files(command, how)

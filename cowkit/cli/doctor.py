@@ -1,0 +1,150 @@
+"""`cowkit doctor`: which outside tools are here, what each is for, and how to install the missing ones."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import cowkit
+from cowkit.cli.tools import TOOLS, Tool
+
+DESCRIPTION = (
+    "Look which outside tools are here, what each is for and how to install the missing ones, and whether this machine has "
+    "what cowkit itself needs. A missing tool is no failure: cowkit does without any of them."
+)
+EXAMPLES = """
+cowkit doctor
+cowkit doctor --json | jq '.tools[] | select(.version == null).name'
+"""
+
+_SYSTEM_PATH = "/usr/local/sbin:/usr/sbin:/sbin"
+_TIMEOUT_SECONDS = 10
+
+
+class Check(NamedTuple):
+    """What was looked at, whether it is as it should be, and how it is."""
+
+    name: str
+    fine: bool
+    detail: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `cowkit doctor` takes."""
+    parser.add_argument("--json", action="store_true", help="print a JSON object")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Look at everything and tell; 1 if cowkit itself lacks something."""
+    checks = [check() for check in _CHECKS]
+    versions = {tool: version_of(tool) for tool in TOOLS}
+    missing = [tool for tool, version in versions.items() if version is None]
+    install = {
+        "apt": _install("apt-get install", {tool.apt for tool in missing}),
+        "dnf": _install("dnf install", {tool.dnf for tool in missing}),
+    }
+    if arguments.json:
+        print(
+            json.dumps(
+                {
+                    "cowkit": cowkit.__version__,
+                    "checks": [check._asdict() for check in checks],
+                    "tools": [{"name": tool.name, "purpose": tool.purpose, "version": versions[tool]} for tool in TOOLS],
+                    "install": install,
+                },
+                indent=2,
+            )
+        )
+    else:
+        print(f"cowkit {cowkit.__version__}")
+        _print((check.name, "ok" if check.fine else "NOT OK", check.detail) for check in checks)
+        print()
+        _print(((f"import {tool.name}" if tool.is_module else tool.name), versions[tool] or "missing", tool.purpose) for tool in TOOLS)
+        for what, line in install.items():
+            if line:
+                print(f"\nto install what is missing ({what}):\n  {line}" if what == "apt" else f"or ({what}):\n  {line}")
+    return 0 if all(check.fine for check in checks) else 1
+
+
+def _install(command: str, packages: set[str]) -> str | None:
+    return f"sudo {command} {' '.join(sorted(packages))}" if packages else None
+
+
+def _print(rows: Iterable[tuple[str, str, str]]) -> None:
+    table = list(rows)
+    first, second = (max(len(row[column]) for row in table) for column in (0, 1))
+    for name, state, detail in table:
+        print(f"  {name:{first}}  {state:{second}}  {detail}")
+
+
+def version_of(tool: Tool) -> str | None:
+    """The version of ``tool``, ``"?"`` if it does not tell one, or None if it is not here."""
+    if tool.is_module:
+        return _binding_version()
+    path = shutil.which(tool.name, path=f"{os.environ.get('PATH', os.defpath)}:{_SYSTEM_PATH}")
+    if path is None:
+        return None
+    try:
+        done = subprocess.run(
+            [path, *tool.version],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,  # e2fsprogs tell it there
+            text=True,
+            errors="replace",
+            timeout=_TIMEOUT_SECONDS,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "?"
+    match = re.search(r"\d+(?:\.\d+)+", done.stdout)
+    return match[0] if match else "?"
+
+
+def _binding_version() -> str | None:
+    try:
+        import nbd
+
+        return str(nbd.NBD().get_version())
+    except Exception:
+        return None
+
+
+def _python() -> Check:
+    return Check("Python", sys.version_info >= (3, 11), f"{platform.python_version()} ({sys.executable})")
+
+
+def _runtime_directory() -> Check:
+    from cowkit.errors import ListenError
+    from cowkit.server.runtime import runtime_dir
+
+    try:
+        return Check("runtime directory", True, str(runtime_dir()))
+    except ListenError as error:
+        return Check("runtime directory", False, str(error))
+
+
+def _overlays() -> Check:
+    """Whether overlays can live where they live by default: sparse and unlinked files, with holes punched."""
+    from cowkit.cow_disk import CowDisk
+    from cowkit.errors import CowkitError
+
+    try:
+        with CowDisk(size="64M") as disk:
+            disk.pwrite(b"x" * (1 << 20), 32 << 20)
+            disk.trim(1 << 20, 32 << 20)
+            fine = disk.pread(4096, 32 << 20) == bytes(4096)
+    except CowkitError as error:
+        return Check("overlays", False, str(error))
+    return Check("overlays", fine, f"files in {os.environ.get('TMPDIR') or '/var/tmp'} can be written and trimmed")
+
+
+_CHECKS: tuple[Callable[[], Check], ...] = (_python, _runtime_directory, _overlays)

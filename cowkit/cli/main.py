@@ -1,0 +1,83 @@
+"""The entry of the `cowkit` command: from arguments to an exit status, and from errors to one line each.
+
+Exit status: 0 done; 1 the answer is no; 2 could not do it; 130 interrupted; 141 the reader of the output has gone.
+`cowkit run` ends with its command's.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from cowkit.errors import CowkitError
+
+FAILED = 2
+INTERRUPTED = 128 + 2  # as a shell counts a command that SIGINT ended
+READER_GONE = 128 + 13  # and SIGPIPE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that ``argv`` (without the program's name) spells, and return its exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="surrogateescape")  # file names are bytes, and come out as they went in
+    try:
+        status = _run(sys.argv[1:] if argv is None else argv)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where it can still be said that it failed
+    except BrokenPipeError:
+        _drop_output()
+        return READER_GONE
+    except KeyboardInterrupt:
+        _drop_output()
+        return INTERRUPTED
+    except Exception as error:
+        if os.environ.get("COWKIT_DEBUG"):
+            raise
+        complain(error)
+        return FAILED
+    return status
+
+
+def _run(argv: Sequence[str]) -> int:
+    from cowkit.cli.arguments import parse
+
+    try:
+        chosen, arguments = parse(argv)
+    except SystemExit as ended:  # argparse, when help or the version was asked for
+        return ended.code if isinstance(ended.code, int) else 0
+    return chosen.run(arguments)
+
+
+def complain(error: Exception) -> None:
+    """Say ``error`` in one line on standard error."""
+    if isinstance(error, CowkitError):
+        text = str(error)
+    elif isinstance(error, OSError):
+        text = (error.strerror or str(error)) if error.filename is None else f"{error.filename}: {error.strerror}"
+    else:
+        text = f"internal error: {type(error).__name__}: {error} (COWKIT_DEBUG=1 shows where)"
+    note(" ".join(text.split("\n")))
+
+
+def note(text: str) -> None:
+    """Tell the user ``text`` on standard error; whether anybody reads it makes no difference."""
+    try:
+        print(f"cowkit: {text}", file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        pass
+
+
+def _drop_output() -> None:
+    """Have what is still buffered go nowhere: the interpreter would complain about it when it ends."""
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+    except (OSError, ValueError, AttributeError):
+        pass
+
+
+if __name__ == "__main__":
+    sys.exit(main())

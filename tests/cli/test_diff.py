@@ -1,0 +1,357 @@
+"""`cowkit diff`."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from cowkit.cli import diff as diff_command
+from cowkit.cli.control_commands import DiskCommands
+from cowkit.cow_disk import CowDisk
+from cowkit.errors import ControlError
+from cowkit.server.control import CommandContext, ControlClient
+from cowkit.server.runtime import ServerInfo, running
+from tests.cli.helpers import COWKIT, PATIENCE, Run, Serve, complaint, content, read, write
+
+pytestmark = pytest.mark.requires(modules=["nbd"])
+
+
+def with_boo(base: Path) -> bytes:
+    data = bytearray(base.read_bytes())
+    data[4097:4100] = b"boo"
+    return bytes(data)
+
+
+def test_it_finds_the_server_of_the_base_and_keeps_what_changed(base: Path, tmp_path: Path, serve: Serve, cowkit: Run) -> None:
+    server = serve(base)
+    write(server.uri, b"boo", 4097)
+    done = cowkit("diff", "--base", base, "-o", "diff.qcow2")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{tmp_path}/diff.qcow2: 4 KiB changed in 1 extent on top of {base}\n")
+    assert content(tmp_path / "diff.qcow2", base) == with_boo(base)
+    assert read(server.uri, 3, 4097) == b"boo", "the disk goes on"
+
+
+@pytest.mark.requires("qemu-img")
+def test_qemu_reads_it_on_top_of_the_base(base: Path, tmp_path: Path, serve: Serve, cowkit: Run) -> None:
+    server = serve("disk.img")
+    write(server.uri, b"boo", 4097)
+    (tmp_path / "sub").mkdir()
+    assert cowkit("diff", "--base", "disk.img", "-o", "sub/diff.qcow2").returncode == 0
+    (tmp_path / "expected").write_bytes(with_boo(base))
+    subprocess.run(["qemu-img", "check", "-q", tmp_path / "sub" / "diff.qcow2"], check=True)
+    compare = ["qemu-img", "compare", "-q", "-f", "raw", "-F", "qcow2", "expected", "sub/diff.qcow2"]
+    subprocess.run(compare, cwd=tmp_path, check=True)
+
+
+@pytest.mark.parametrize("spelling", ["disk.img", "./disk.img", "sub/../disk.img", "link.img", "hard.img"])
+def test_the_base_is_found_under_any_of_its_names(base: Path, tmp_path: Path, serve: Serve, cowkit: Run, spelling: str) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "link.img").symlink_to(base)
+    os.link(base, tmp_path / "hard.img")
+    serve(base)
+    assert cowkit("diff", "--base", spelling, "-o", "diff.qcow2").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "cwd", "recorded"),
+    [
+        (("--base", "disk.img"), ".", "disk.img"),
+        (("--base", "../disk.img"), "sub", "../disk.img"),
+        (("--base", "link.img"), ".", "link.img"),
+        (("--base", "{base}"), "sub", "{base}"),
+        ((), "sub", "{base}"),
+        (("--base", "disk.img", "--backing-file", "golden.img"), ".", "golden.img"),
+    ],
+)
+def test_the_base_is_recorded_as_the_user_names_it(
+    base: Path, tmp_path: Path, serve: Serve, cowkit: Run, options: tuple[str, ...], cwd: str, recorded: str
+) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "link.img").symlink_to(base)
+    serve(base, cwd=Path("/"))
+    given = (option.format(base=base) for option in options)
+    done = cowkit("diff", *given, "-o", "diff.qcow2", "--json", cwd=str(tmp_path / cwd))
+    report = json.loads(done.stdout)
+    assert report["backing_file"] == recorded.format(base=base)
+    assert report["path"] == os.path.join(tmp_path / cwd, "diff.qcow2").replace("/./", "/")
+
+
+def test_the_report_is_json_if_asked_for(base: Path, serve: Serve, cowkit: Run) -> None:
+    write(serve(base).uri, bytes(4096), 8192)
+    report = json.loads(cowkit("diff", "--base", base, "-o", "diff.qcow2", "--json").stdout)
+    assert (report["schema"], report["changed_bytes"], report["virtual_size"]) == (1, 4096, 1 << 20)
+    assert report["changed"][0]["offset"] == 8192
+
+
+def test_names_that_are_no_utf8_come_through(tmp_path: Path, serve: Serve, cowkit: Run) -> None:
+    base = tmp_path / os.fsdecode(b"caf\xe9.img")
+    base.write_bytes(bytes(4096))
+    write(serve(base).uri, b"x", 0)
+    output = os.fsdecode(b"\xff.qcow2")
+    done = cowkit("diff", "--base", base.name, "-o", output)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert output in done.stdout
+    assert content(tmp_path / output, base)[:1] == b"x"
+    assert base.name in cowkit("ls").stdout
+
+
+def test_clients_go_on_writing_while_it_is_taken(base: Path, tmp_path: Path, serve: Serve, cowkit: Run) -> None:
+    """Two halves of a block are always written together: no difference has one without the other."""
+    import nbd
+
+    server = serve(base)
+    stop = threading.Event()
+
+    def scribble() -> None:
+        client = nbd.NBD()
+        client.connect_uri(server.uri)
+        number = 0
+        while not stop.is_set():
+            number = number % 255 + 1
+            client.pwrite(bytes([number]) * 4096, 65536)
+        client.shutdown()
+
+    thread = threading.Thread(target=scribble)
+    thread.start()
+    try:
+        for _ in range(5):
+            assert cowkit("diff", "--base", base, "-o", "diff.qcow2").returncode == 0
+            block = content(tmp_path / "diff.qcow2", base)[65536 : 65536 + 4096]
+            assert block in (bytes([block[0]]) * 4096, base.read_bytes()[65536 : 65536 + 4096])
+    finally:
+        stop.set()
+        thread.join()
+
+
+# Choosing
+
+
+def test_a_server_is_chosen_by_name_pid_uri_or_control_socket(base: Path, serve: Serve, cowkit: Run) -> None:
+    servers = [serve(base, "--name", name) for name in ("one", "two")]
+    write(servers[1].uri, b"boo", 4097)
+    info = running()[1]
+    for source in ("two", servers[1].pid, info.uri, info.control):
+        for more in ((), ("--base", base)):
+            report = json.loads(cowkit("diff", *more, "--from", source, "-o", "diff.qcow2", "--json").stdout)
+            assert report["changed_bytes"] == 4096
+
+
+def test_a_control_socket_of_another_runtime_directory_will_do(base: Path, tmp_path: Path, serve: Serve, cowkit: Run) -> None:
+    serve(base)
+    elsewhere = str(tmp_path / "elsewhere")
+    options = ("--from", running()[0].control, "-o", "diff.qcow2")
+    assert cowkit("diff", *options, COWKIT_RUNTIME_DIR=elsewhere).returncode == 0
+    assert cowkit("diff", "--base", base, *options, COWKIT_RUNTIME_DIR=elsewhere).returncode == 0
+
+
+def test_the_only_server_need_not_be_named(serve: Serve, cowkit: Run) -> None:
+    server = serve("--size", "1M")
+    write(server.uri, b"x", 0)
+    assert json.loads(cowkit("diff", "-o", "diff.qcow2", "--json").stdout)["backing_file"] is None
+
+
+def test_no_server_at_all_is_said_with_how_to_start_one(base: Path, cowkit: Run) -> None:
+    said = complaint(cowkit("diff", "--base", "disk.img", "-o", "diff.qcow2"))
+    assert said == "no server matches base disk.img: nothing is being served; start one with `cowkit serve disk.img`"
+
+
+def test_no_server_of_that_base_lists_what_is_running(base: Path, tmp_path: Path, serve: Serve, cowkit: Run) -> None:
+    (tmp_path / "other.img").write_bytes(b"other")
+    server = serve("other.img")
+    said = complaint(cowkit("diff", "--base", base, "-o", "diff.qcow2"))
+    listed = f"other.img (pid {server.pid}, base {tmp_path}/other.img, {server.uri})"
+    assert said == f"no server matches base {base}; these are running: {listed}; choose one with --from"
+
+
+def test_two_servers_of_one_base_are_listed(base: Path, serve: Serve, cowkit: Run) -> None:
+    servers = [serve(base), serve(base)]
+    for arguments in (("--base", base), ("--from", "disk.img"), ()):
+        said = complaint(cowkit("diff", *arguments, "-o", "diff.qcow2"))
+        assert said.startswith("2 servers match ")
+        assert all(f"pid {server.pid}, " in said for server in servers)
+        assert "--from" in said
+
+
+def test_an_unknown_server_is_said(base: Path, tmp_path: Path, serve: Serve, cowkit: Run) -> None:
+    serve(base)
+    (tmp_path / "other.img").write_bytes(b"other")
+    for arguments in (("--from", "nobody"), ("--from", base), ("--from", "1"), ("--from", "disk.img", "--base", "other.img")):
+        assert "these are running: disk.img (pid " in complaint(cowkit("diff", *arguments, "-o", "diff.qcow2"))
+
+
+def test_a_socket_that_is_no_control_socket_is_said(runtime: Path, cowkit: Run) -> None:
+    runtime.mkdir(mode=0o700)
+    path = runtime.parent / "sock"
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(os.fspath(path))
+        assert f"cannot reach a server at {path}" in complaint(cowkit("diff", "--from", path, "-o", "diff.qcow2"))
+
+
+# What cannot be done, and what is lost then: nothing
+
+
+def test_an_output_that_cannot_be_is_one_clear_line(base: Path, tmp_path: Path, serve: Serve, cowkit: Run) -> None:
+    before = base.read_bytes()
+    write(serve(base).uri, b"boo", 4097)
+    (tmp_path / "link.img").symlink_to(base)
+    os.link(base, tmp_path / "hard.img")
+    (tmp_path / "directory").mkdir()
+    for output in ("disk.img", "link.img", "hard.img", "directory", "none/diff.qcow2", "/dev/full", "x" * 300, "disk.img/x"):
+        complaint(cowkit("diff", "--base", base, "-o", output))
+    assert base.read_bytes() == before
+    assert {entry.name for entry in tmp_path.iterdir()} == {"disk.img", "link.img", "hard.img", "directory"}
+
+
+def test_a_full_disk_is_one_clear_line_and_the_old_output_survives(
+    base: Path, tmp_path: Path, serve: Serve, cowkit: Run
+) -> None:
+    server = serve(base)
+    write(server.uri, os.urandom(1 << 20), 0)
+    (tmp_path / "diff.qcow2").write_text("old")
+    # As full as a disk can be for a user who is not root: files of this server cannot grow
+    resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
+    assert "diff.qcow2" in complaint(cowkit("diff", "--base", base, "-o", "diff.qcow2"))
+    assert (tmp_path / "diff.qcow2").read_text() == "old"
+    assert {entry.name for entry in tmp_path.iterdir()} == {"disk.img", "diff.qcow2"}
+    assert read(server.uri, 1, 0)
+
+
+def test_a_base_that_changed_while_served_is_one_clear_line(base: Path, tmp_path: Path, serve: Serve, cowkit: Run) -> None:
+    serve(base)
+    os.utime(base, ns=(1, 1))
+    assert "changed while it was in use" in complaint(cowkit("diff", "--base", base, "-o", "diff.qcow2"))
+
+
+@pytest.mark.parametrize("how", ["replaced", "removed"])
+def test_a_base_that_is_another_file_now_is_one_clear_line(
+    base: Path, tmp_path: Path, serve: Serve, cowkit: Run, how: str
+) -> None:
+    serve(base)
+    if how == "replaced":
+        shutil.copy2(base, tmp_path / "copy")
+        (tmp_path / "copy").rename(base)
+    else:
+        base.unlink()
+    said = complaint(cowkit("diff", "--base", base, "-o", "diff.qcow2"))
+    assert ("was replaced by another file" if how == "replaced" else "is not there any more") in said
+    assert not (tmp_path / "diff.qcow2").exists()
+
+
+def info(disk: CowDisk) -> ServerInfo:
+    return ServerInfo(1, disk.name, None, None, disk.size, ("nbd://x",), 0, "/control.sock")
+
+
+def test_an_interrupted_difference_leaves_the_old_output(base: Path, tmp_path: Path) -> None:
+    output = tmp_path / "diff.qcow2"
+    output.write_text("old")
+    with CowDisk(base) as disk:
+        disk.pwrite(os.urandom(1 << 20), 0)
+        command = DiskCommands(disk, info(disk), quit=None).table()["cowkit-diff"]
+        context = CommandContext(lambda name, data: None)
+        context.cancel("the client has gone")
+        with pytest.raises(ControlError, match="given up: the client has gone"):
+            command.run(context, {"path": str(output)})
+        assert output.read_text() == "old"
+        assert {entry.name for entry in tmp_path.iterdir()} == {"disk.img", "diff.qcow2"}
+        command.run(CommandContext(lambda name, data: None), {"path": str(output)})
+    assert content(output, base) != base.read_bytes()
+
+
+def test_ctrl_c_ends_a_waiting_client_quietly(base: Path, serve: Serve) -> None:
+    server = serve(base)
+    server.freeze()
+    try:
+        command = [*COWKIT, "diff", "--base", str(base), "-o", str(base.parent / "diff.qcow2")]
+        # It is waiting for the server when it has connected to it
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            inodes: set[str] = set()
+            while not inodes and process.poll() is None:
+                inodes = sockets_of(process.pid)
+            process.send_signal(signal.SIGINT)
+            assert process.communicate(timeout=PATIENCE) == (b"", b"")
+            assert process.returncode == 130
+    finally:
+        os.kill(server.pid, signal.SIGCONT)
+
+
+def sockets_of(pid: int) -> set[str]:
+    links = set()
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            links.add(os.readlink(f"/proc/{pid}/fd/{fd}"))
+        except OSError:
+            pass
+    return {link for link in links if link.startswith("socket:")}
+
+
+def test_a_server_that_does_not_answer_is_said(base: Path, serve: Serve) -> None:
+    server = serve(base)
+    server.freeze()
+    try:
+        with pytest.raises(ControlError, match="does not answer"):
+            ControlClient(running()[0].control, timeout=0.05)
+    finally:
+        os.kill(server.pid, signal.SIGCONT)
+
+
+def test_a_relative_path_on_the_wire_is_refused(base: Path, serve: Serve) -> None:
+    serve(base)
+    with ControlClient(running()[0].control) as client:
+        for asked in ({"path": "x"}, {"path": "/x", "base": "x", "base-path": "x"}, {"path": "/x", "base": "x"}):
+            with pytest.raises(ControlError, match=r"relative, and the server|makes no sense without base-path"):
+                client.execute("cowkit-diff", asked)
+
+
+def test_an_output_must_be_named(cowkit: Run) -> None:
+    assert "the following arguments are required: -o/--output" in complaint(cowkit("diff"))
+
+
+# The bar
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_shows_a_bar_when_it_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    with diff_command._Bar() as bar:
+        bar.event(diff_command.PROGRESS_EVENT, {"done": 1, "total": 2})
+        assert terminal.getvalue() == "", "not yet"
+        monkeypatch.setattr(diff_command, "_PATIENCE_SECONDS", 0)
+        bar.event("OTHER", {})
+        bar.event(diff_command.PROGRESS_EVENT, {"done": 1 << 20, "total": 2 << 20})
+    assert "1.0/2.0 MiB" in terminal.getvalue()
+
+
+def test_progress_is_told_on_the_wire(base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("cowkit.cli.control_commands._PROGRESS_SECONDS", 0)
+    seen: list[tuple[str, object]] = []
+    with CowDisk(base) as disk:
+        disk.pwrite(os.urandom(1 << 20), 0)
+        command = DiskCommands(disk, info(disk), quit=None).table()["cowkit-diff"]
+        command.run(CommandContext(lambda name, data: seen.append((name, data))), {"path": str(tmp_path / "diff.qcow2")})
+    assert seen
+    assert seen[-1] == ("COWKIT_DIFF_PROGRESS", {"done": 1 << 20, "total": 1 << 20})
+
+
+def test_it_starts_without_what_takes_long_to_import() -> None:
+    code = "import sys; from cowkit.cli.arguments import parse; parse(['diff', '-o', 'x']); print(*sys.modules)"
+    loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    assert "cowkit.server.control" in loaded
+    assert not loaded & {"rich", "asyncio", "qemu.qmp", "subprocess", "pathlib", "cowkit.diff", "cowkit.disk", "cowkit.cow_disk"}

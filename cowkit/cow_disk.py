@@ -61,16 +61,22 @@ class CowDisk:
         name: str | None = None,
     ) -> None:
         self._closed = True  # until there is something to close
-        block = DEFAULT_BLOCK_SIZE if block_size is None else check_block_size(parse_size(block_size, what="block size"))
+        block = (
+            DEFAULT_BLOCK_SIZE if block_size is None else check_block_size(parse_size(block_size, what="block size"))
+        )
         if round not in ("exact", "down", "up"):
             raise UsageError(f"round is 'exact', 'down' or 'up', not {round!r}")
         wanted = None if size is None else parse_size(size)
         if base is None and wanted is None:
-            raise UsageError("a disk needs a base or a size: CowDisk('disk.img'), or CowDisk(size='1G') for a blank one")
+            raise UsageError(
+                "a disk needs a base or a size: CowDisk('disk.img'), or CowDisk(size='1G') for a blank one"
+            )
         source = ZeroBase(wanted or 0) if base is None else FileBase(base)
         try:
             if wanted is not None and wanted < source.size:
-                raise UsageError(f"size {wanted} is below that of the base {source.given}, {source.size}: it can only be larger")
+                raise UsageError(
+                    f"size {wanted} is below that of the base {source.given}, {source.size}: it can only be larger"
+                )
             whole = _rounded(source.size if wanted is None else wanted, block, round)
             self.engine = Disk(
                 source, block_size=block, size=whole, tmpdir=tmpdir, cow_on_read=cow_on_read, cow_on_cache=cow_on_cache
@@ -89,7 +95,9 @@ class CowDisk:
     def __enter__(self) -> CowDisk:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             self.close()
         except BaseChangedError as changed:
@@ -100,12 +108,18 @@ class CowDisk:
 
     def __del__(self) -> None:
         if not self._closed:
-            warnings.warn(f"{self!r} was not closed: use `with`, or call close()", ResourceWarning, source=self, stacklevel=2)
+            warnings.warn(
+                f"{self!r} was not closed: use `with`, or call close()", ResourceWarning, source=self, stacklevel=2
+            )
             self.close()
 
     def __repr__(self) -> str:
         state = ", closed" if self._closed else ""
-        return f"<CowDisk {self.name!r}, {format_size(self.engine.size)}{state}>" if hasattr(self, "engine") else "<CowDisk>"
+        return (
+            f"<CowDisk {self.name!r}, {format_size(self.engine.size)}{state}>"
+            if hasattr(self, "engine")
+            else "<CowDisk>"
+        )
 
     @property
     def size(self) -> int:
@@ -210,7 +224,11 @@ class CowDisk:
         return self.engine.dirty_extents(offset, length, since=since)
 
     def diff(
-        self, path: str | os.PathLike[str], *, backing_file: str | None = None, progress: Callable[[int, int], None] | None = None
+        self,
+        path: str | os.PathLike[str],
+        *,
+        backing_file: str | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> DiffReport:
         """Keep what changed: a qcow2 image at ``path`` with the base as its backing file, as of this moment.
 
@@ -266,7 +284,9 @@ class CowDisk:
 
         with self._starting:
             self._open()
-            server = NbdServer(self.engine, socket_path=socket, tcp=tcp, export_name=export_name, description=description)
+            server = NbdServer(
+                self.engine, socket_path=socket, tcp=tcp, export_name=export_name, description=description
+            )
             self._servers.append(server)
         return server
 

@@ -49,14 +49,14 @@ def write_diff(
         raise UsageError(f"a difference to {view.base.given} needs a name for it: give backing_file")
     name = _checked(backing_file) if backing_file is not None else None
     spare = [base_path, *backing_chain(base_path)] if base_path is not None else []
-    view.base.verify()
+    view.base.verify_path()
     with AtomicOutput(path, spare=spare) as output:
         writer = Qcow2Writer(output, shape, backing_file=name, backing_format=backing_format)
         changes = Changes(view, cluster_size, progress)
         for batch in changes:
             writer.add(batch)
         writer.finish()
-        view.base.verify()
+        view.base.verify_path()
     tally = changes.tally
     changed_bytes, changed_extents, zeroed_bytes, zeroed_extents = amounts(tally.changed)
     return DiffReport(

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from fractions import Fraction
 
 from cowkit.errors import UsageError
 
 _UNITS = "BKMGTPE"
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([BKMGTPE])(?:iB|B)?)?\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*(?:([BKMGTPE])(?:iB|B)?)?\s*", re.IGNORECASE)
 
 LARGEST_DISK = 2**63 - 1
 """The largest offset that NBD clients and the operating system's file offsets can carry, in bytes."""
@@ -22,20 +21,21 @@ def parse_size(size: int | str, *, what: str = "size") -> int:
     """
     if isinstance(size, bool) or not isinstance(size, int | str):
         raise UsageError(f"{what} must be a number of bytes or a string such as '64M', not {size!r}")
-    if isinstance(size, int):
-        number = Fraction(size)
-    else:
+    number, rest = size if isinstance(size, int) else 0, 0
+    if isinstance(size, str):
         match = _SIZE.fullmatch(size)
         if match is None:
             raise UsageError(
                 f"{what} {size!r} is no size: give a number of bytes, or one with K, M, G, T, P or E, such as '64M'"
             )
-        number = Fraction(match[1]) * 1024 ** _UNITS.index((match[2] or "B").upper())
-    if number.denominator != 1:
+        whole, _, decimals = match[1].partition(".")
+        unit = 1024 ** _UNITS.index((match[2] or "B").upper())
+        number, rest = divmod(int(whole + decimals) * unit, 10 ** len(decimals))
+    if rest:
         raise UsageError(f"{what} {size!r} is no whole number of bytes")
     if not 0 <= number <= LARGEST_DISK:
         raise UsageError(f"{what} {size!r} is out of range: 0 to {LARGEST_DISK} bytes (2**63 - 1)")
-    return int(number)
+    return number
 
 
 def format_size(size: int) -> str:

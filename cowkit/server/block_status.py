@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from cowkit.disk import Disk, Kind
-from cowkit.disk.owner_map import BASE, NO_LAYER, ZERO
+from cowkit.disk.owner_map import BASE, ZERO
 from cowkit.errors import CheckpointError
 from cowkit.server import wire
 
@@ -25,7 +25,8 @@ WHOLE_OVERLAY = "cow"
 """The dirty bitmap of everything since the beginning."""
 
 MOST_DESCRIPTORS = 1 << 16
-"""For one context in one reply. A client asks on from where they end; the protocol's own bound, 2**20, is a second's work."""
+"""In one reply, for all contexts together. A client asks on from where they end; the protocol's own bound, 2**20 for each
+context, is a second's work."""
 
 _ALLOCATION = {Kind.DATA: 0, Kind.ZERO: wire.STATE_HOLE | wire.STATE_ZERO, Kind.HOLE: wire.STATE_HOLE | wire.STATE_ZERO}
 
@@ -36,8 +37,9 @@ def contexts_of(disk: Disk) -> tuple[str, ...]:
     return (wire.BASE_ALLOCATION, wire.ALLOCATION_DEPTH, *(wire.DIRTY_BITMAP + name for name in bitmaps))
 
 
-def describe(disk: Disk, context: str, offset: int, length: int, *, only_one: bool) -> Sequence[Descriptor]:
-    """The descriptors of a context over a range of at least one byte; inside a pass of the disk's gate.
+def describe(disk: Disk, context: str, offset: int, length: int, most: int) -> Sequence[Descriptor]:
+    """At most ``most`` descriptors of a context, from the beginning of a range of at least one byte on; inside a pass of the
+    disk's gate.
 
     :raises CheckpointError: the disk was rolled back past the checkpoint that the context is about.
     """
@@ -47,7 +49,7 @@ def describe(disk: Disk, context: str, offset: int, length: int, *, only_one: bo
         found = _depth(disk, offset, offset + length)
     else:
         found = _dirty(disk, context.removeprefix(wire.DIRTY_BITMAP), offset, offset + length)
-    return list(islice(_joined(found), 1 if only_one else MOST_DESCRIPTORS))
+    return list(islice(_joined(found), most))
 
 
 def _joined(descriptors: Iterator[Descriptor]) -> Iterator[Descriptor]:
@@ -84,15 +86,17 @@ def _dirty(disk: Disk, name: str, offset: int, end: int) -> Iterator[Descriptor]
 
 def _depth(disk: Disk, offset: int, end: int) -> Iterator[Descriptor]:
     overlay = disk.overlay
+    # Other connections write meanwhile, and the first write after a checkpoint adds a layer.
+    stack, top = list(overlay.stack), overlay.top
     # A checkpoint was just taken, or nothing was ever written: the newest layer is there, and empty.
-    newest = 2 if overlay.top == NO_LAYER else 1
-    depth_of = {number: newest + index for index, number in enumerate(reversed(overlay.stack))}
+    newest = 1 if stack and stack[-1] == top else 2
+    depth_of = {number: newest + index for index, number in enumerate(reversed(stack))}
     depth_of[ZERO] = 1
-    below = newest + len(overlay.stack)
+    below = newest + len(stack)
     for first, last, owner in overlay.map.runs(offset >> overlay.shift, ((end - 1) >> overlay.shift) + 1):
         start, stop = max(first << overlay.shift, offset), min(last << overlay.shift, end)
         if owner != BASE:
-            yield stop - start, depth_of[owner]
+            yield stop - start, depth_of.get(owner, 1)  # a layer that was not there yet is the newest
             continue
         for extent in overlay.allocation(start, stop):
             yield extent.length, 0 if extent.kind is Kind.HOLE else below

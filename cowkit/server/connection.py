@@ -9,6 +9,7 @@ from cowkit.errors import ProtocolError
 from cowkit.server.exports import Exports
 from cowkit.server.negotiation import Negotiation, State
 from cowkit.server.transmission import Transmission
+from cowkit.server.wire import TransmissionFlag
 
 _RECEIVE = 65536
 
@@ -28,7 +29,8 @@ def serve_connection(sock: socket.socket, exports: Exports) -> None:
                 negotiation.receive(data)
             else:
                 negotiation.receive_eof()
-            sock.sendall(negotiation.take_output())
+            if output := negotiation.take_output():
+                sock.sendall(output)
         if negotiation.ended is not None and not negotiation.ended.clean:
             raise ProtocolError(negotiation.ended.reason)
         chosen = negotiation.chosen
@@ -43,6 +45,7 @@ def serve_connection(sock: socket.socket, exports: Exports) -> None:
             extended=chosen.extended,
             contexts=chosen.contexts,
             received=negotiation.trailing(),
+            read_only=bool(chosen.export.flags & TransmissionFlag.READ_ONLY),
         ).run()
     except (ConnectionError, TimeoutError):
         pass  # the client may leave when it likes, and the server's stopping looks the same

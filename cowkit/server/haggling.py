@@ -33,7 +33,6 @@ nbdkit does.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar, Final, Literal, NamedTuple, get_args
 
@@ -87,8 +86,7 @@ class State(Enum):
     """Send the output and close the connection; ``ended`` says why."""
 
 
-@dataclass(frozen=True, slots=True)
-class Chosen:
+class Chosen(NamedTuple):
     """What client and server agreed on."""
 
     export: Export

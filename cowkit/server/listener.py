@@ -48,7 +48,9 @@ def listen_unix(path: str) -> socket.socket:
 def _remove_stale(path: str) -> None:
     try:
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise ListenError(f"cannot listen on {path}: a file that is no socket is there; choose another path or remove it")
+            raise ListenError(
+                f"cannot listen on {path}: a file that is no socket is there; choose another path or remove it"
+            )
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.setblocking(False)
             probe.connect(path)
@@ -58,13 +60,17 @@ def _remove_stale(path: str) -> None:
         try:
             os.unlink(path)
         except OSError as error:
-            raise ListenError(f"cannot replace the socket that nobody listens on at {path}: {error.strerror}") from error
+            raise ListenError(
+                f"cannot replace the socket that nobody listens on at {path}: {error.strerror}"
+            ) from error
         return
     except BlockingIOError:
         pass  # somebody listens, and is busy
     except OSError as error:
         raise ListenError(f"cannot listen on {path}: {error.strerror}") from error
-    raise ListenError(f"cannot listen on {path}: somebody is listening there already; choose another path or end that server")
+    raise ListenError(
+        f"cannot listen on {path}: somebody is listening there already; choose another path or end that server"
+    )
 
 
 def listen_tcp(address: str) -> socket.socket:
@@ -76,7 +82,9 @@ def listen_tcp(address: str) -> socket.socket:
     """
     host, port = _host_and_port(address)
     try:
-        family, kind, protocol, _, bound = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        family, kind, protocol, _, bound = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
     except (OSError, UnicodeError) as error:
         raise ListenError(f"cannot listen on {address}: the host {host!r} is not known ({error})") from error
     sock = socket.socket(family, kind, protocol)

@@ -41,9 +41,8 @@ CHOSEN and ENDED are final.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from typing import Final, NamedTuple
 
 from cowkit.errors import ProtocolError, UsageError
 from cowkit.server.exports import Exports
@@ -74,8 +73,7 @@ MAX_NEGOTIATION_REPLIES: Final = 2**24
 """When the replies so far came to more than this, in bytes, there is no further option."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
+class Ended(NamedTuple):
     """Why a negotiation ended without an export."""
 
     reason: str

@@ -138,7 +138,9 @@ class Structured(Dialect):
 
     def _descriptors(self, context: int, descriptors: Sequence[tuple[int, int]]) -> tuple[int, bytes]:
         pack = wire.DESCRIPTOR.pack
-        return wire.CHUNK_BLOCK_STATUS, wire.BLOCK_STATUS.pack(context) + b"".join([pack(*each) for each in descriptors])
+        return wire.CHUNK_BLOCK_STATUS, wire.BLOCK_STATUS.pack(context) + b"".join(
+            [pack(*each) for each in descriptors]
+        )
 
 
 class Extended(Structured):

@@ -86,7 +86,9 @@ class NbdServer:
         description: str = "",
     ) -> None:
         if socket_path is not None and tcp is not None:
-            raise ListenError(f"give a server a socket path ({os.fspath(socket_path)}) or a TCP address ({tcp}), not both")
+            raise ListenError(
+                f"give a server a socket path ({os.fspath(socket_path)}) or a TCP address ({tcp}), not both"
+            )
         self.disk = disk
         self.errors: list[BaseException] = []
         """What went wrong in the server's threads without being any client's fault."""
@@ -119,7 +121,9 @@ class NbdServer:
     def __enter__(self) -> NbdServer:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop()
 
     @property

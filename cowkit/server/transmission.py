@@ -20,9 +20,18 @@ from cowkit.disk import Disk
 from cowkit.disk.gate import Pass
 from cowkit.errors import CowkitError, DiskError, ProtocolError
 from cowkit.server import wire
-from cowkit.server.block_status import describe
+from cowkit.server.block_status import MOST_DESCRIPTORS, describe
 from cowkit.server.replies import Buffers, Dialect, Extended, Simple, Status, Structured
-from cowkit.server.wire import CMD_BLOCK_STATUS, CMD_CACHE, CMD_DISC, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES
+from cowkit.server.wire import (
+    CMD_BLOCK_STATUS,
+    CMD_CACHE,
+    CMD_DISC,
+    CMD_FLUSH,
+    CMD_READ,
+    CMD_TRIM,
+    CMD_WRITE,
+    CMD_WRITE_ZEROES,
+)
 
 MAXIMUM_PAYLOAD = 64 << 20
 """The longest READ or WRITE that is carried out, in bytes; nbdkit's limit."""
@@ -47,6 +56,10 @@ _FLAGS_OF = {
     CMD_BLOCK_STATUS: wire.FLAG_FUA | wire.FLAG_REQ_ONE | wire.FLAG_PAYLOAD_LEN,
 }
 _ENOSPC_BEYOND = frozenset({CMD_WRITE, CMD_WRITE_ZEROES})
+_CHANGE_THE_DISK = frozenset({CMD_WRITE, CMD_TRIM, CMD_WRITE_ZEROES})
+
+_FAILURES = (CowkitError, OSError, MemoryError)
+"""What carrying out a request may raise, and its reply can tell. Nothing of the connection's is touched meanwhile."""
 
 
 class _RequestError(Exception):
@@ -60,6 +73,7 @@ class _RequestError(Exception):
 class Transmission:
     """Serves ``disk`` to the client at the other end of ``sock``, until it disconnects.
 
+    :param read_only: refuse what would change the disk.
     :param contexts: what was negotiated: id and name of each metadata context.
     :param received: what the client sent behind its last negotiated option.
     """
@@ -73,9 +87,11 @@ class Transmission:
         extended: bool,
         contexts: tuple[tuple[int, str], ...],
         received: bytes,
+        read_only: bool = False,
     ) -> None:
         self._sock = sock
         self._disk = disk
+        self._read_only = read_only
         self._dialect: Dialect = Extended() if extended else Structured() if structured else Simple()
         self._contexts = dict(contexts)
         # Anonymous memory takes room only where it is touched: a client that sends small requests costs a page or two.
@@ -106,7 +122,8 @@ class Transmission:
         size = self._disk.size
         overlay = self._disk.overlay
         single, write = overlay.single, overlay.write
-        only_fua = ~(wire.FLAG_FUA | wire.FLAG_PAYLOAD_LEN)
+        other_flags = ~(wire.FLAG_FUA | wire.FLAG_PAYLOAD_LEN if dialect.extended else wire.FLAG_FUA)
+        writable = -1 if self._read_only else size  # where the quick way of a WRITE ends
         wanted = head
         ended = False
         while not ended and self._receive(wanted):
@@ -118,7 +135,9 @@ class Transmission:
                 while end - start >= head:
                     magic, flags, command, cookie, offset, length = unpack(buffer, start)
                     if magic != magic_wanted:
-                        raise ProtocolError(f"a request begins with {magic:#x} instead of {magic_wanted:#x}: the client is out of step")
+                        raise ProtocolError(
+                            f"a request begins with {magic:#x} instead of {magic_wanted:#x}: the client is out of step"
+                        )
                     if command == CMD_READ:
                         if not flags and 0 < length <= MAXIMUM_PAYLOAD and offset + length <= size:
                             part = single(offset, offset + length)
@@ -134,11 +153,11 @@ class Transmission:
                         if after > end:
                             wanted = head + length
                             break
-                        if not flags & only_fua and 0 < length and offset + length <= size:
+                        if not flags & other_flags and length > 0 and offset + length <= writable:
                             try:
                                 write(view[start + head : after], offset)
-                            except DiskError as error:
-                                out.append(dialect.failed(cookie, offset, wire.nbd_error(error.errno), str(error)))
+                            except _FAILURES as error:
+                                out.append(self._failed(cookie, offset, error))
                             else:
                                 out.append(done(cookie, offset))
                             start = after
@@ -193,15 +212,23 @@ class Transmission:
             self._check(flags, command, offset, length)
             if command == CMD_BLOCK_STATUS and flags & wire.FLAG_PAYLOAD_LEN:
                 self._status_with_payload(payload, flags, cookie, offset, out)
-            elif length or command == CMD_FLUSH:
+            elif length or command in (CMD_FLUSH, CMD_BLOCK_STATUS):
                 self._request(flags, command, cookie, offset, length, payload, out)
             else:
                 out.append(self._dialect.done(cookie, offset))
         except _RequestError as error:
             out[before:] = [self._dialect.failed(cookie, offset, error.error, str(error))]
-        except CowkitError as error:
-            code = wire.nbd_error(error.errno if isinstance(error, DiskError) else errno.EIO)
-            out[before:] = [self._dialect.failed(cookie, offset, code, str(error))]
+        except _FAILURES as error:
+            out[before:] = [self._failed(cookie, offset, error)]
+
+    def _failed(self, cookie: int, offset: int, error: CowkitError | OSError | MemoryError) -> bytes:
+        """The reply that tells ``error``."""
+        number = errno.EIO
+        if isinstance(error, DiskError | OSError):
+            number = error.errno or errno.EIO
+        elif isinstance(error, MemoryError):
+            number = errno.ENOMEM
+        return self._dialect.failed(cookie, offset, wire.nbd_error(number), str(error))
 
     def _check(self, flags: int, command: int, offset: int, length: int) -> None:
         """Whether the request makes sense ("Request types").
@@ -216,16 +243,24 @@ class Transmission:
         if not self._dialect.structured:
             allowed &= ~wire.FLAG_DF
         if flags & ~allowed:
-            raise _RequestError(wire.NbdError.EINVAL, f"command {command} does not take the flags {flags & ~allowed:#x} here")
+            raise _RequestError(
+                wire.NbdError.EINVAL, f"command {command} does not take the flags {flags & ~allowed:#x} here"
+            )
         if command == CMD_FLUSH:
             return
+        if self._read_only and command in _CHANGE_THE_DISK:
+            raise _RequestError(wire.NbdError.EPERM, "the export is read-only")
         if command in (CMD_READ, CMD_WRITE) and length > MAXIMUM_PAYLOAD:
-            raise _RequestError(wire.NbdError.EINVAL, f"{length} bytes are more than one request may carry, {MAXIMUM_PAYLOAD}")
+            raise _RequestError(
+                wire.NbdError.EINVAL, f"{length} bytes are more than one request may carry, {MAXIMUM_PAYLOAD}"
+            )
         if command == CMD_BLOCK_STATUS and flags & wire.FLAG_PAYLOAD_LEN:
             return
         if offset + length > self._disk.size:
             code = wire.NbdError.ENOSPC if command in _ENOSPC_BEYOND else wire.NbdError.EINVAL
-            raise _RequestError(code, f"{length} bytes at offset {offset} are beyond the end of the disk, {self._disk.size}")
+            raise _RequestError(
+                code, f"{length} bytes at offset {offset} are beyond the end of the disk, {self._disk.size}"
+            )
 
     def _request(
         self, flags: int, command: int, cookie: int, offset: int, length: int, payload: memoryview, out: Buffers
@@ -263,9 +298,9 @@ class Transmission:
             raise _RequestError(wire.NbdError.EINVAL, "no metadata context was negotiated, or none is named")
         if not length:
             raise _RequestError(wire.NbdError.EINVAL, "a block status of no bytes has no answer")
-        only_one = bool(flags & wire.FLAG_REQ_ONE)
+        most = 1 if flags & wire.FLAG_REQ_ONE else MOST_DESCRIPTORS // len(contexts) or 1
         statuses: list[Status] = [
-            (number, describe(self._disk, name, offset, length, only_one=only_one)) for number, name in contexts.items()
+            (number, describe(self._disk, name, offset, length, most)) for number, name in contexts.items()
         ]
         out: Buffers = []
         self._dialect.status(cookie, offset, statuses, out)
@@ -275,13 +310,19 @@ class Transmission:
         """BLOCK_STATUS that names the contexts it is about (branch extension-ext-header, "NBD_CMD_BLOCK_STATUS")."""
         count, odd = divmod(len(payload) - wire.STATUS_PAYLOAD.size, wire.META_CONTEXT_ID.size)
         if count < 0 or odd:
-            raise _RequestError(wire.NbdError.EINVAL, f"a payload of {len(payload)} bytes is not 8 and 4 for each context")
+            raise _RequestError(
+                wire.NbdError.EINVAL, f"a payload of {len(payload)} bytes is not 8 and 4 for each context"
+            )
         (length,) = wire.STATUS_PAYLOAD.unpack_from(payload)
         chosen: dict[int, str] = {}
         for index in range(count):
-            (number,) = wire.META_CONTEXT_ID.unpack_from(payload, wire.STATUS_PAYLOAD.size + index * wire.META_CONTEXT_ID.size)
+            (number,) = wire.META_CONTEXT_ID.unpack_from(
+                payload, wire.STATUS_PAYLOAD.size + index * wire.META_CONTEXT_ID.size
+            )
             if number not in self._contexts or number in chosen:
-                raise _RequestError(wire.NbdError.EINVAL, f"metadata context {number} was not negotiated, or is named twice")
+                raise _RequestError(
+                    wire.NbdError.EINVAL, f"metadata context {number} was not negotiated, or is named twice"
+                )
             chosen[number] = self._contexts[number]
         self._check(flags & ~wire.FLAG_PAYLOAD_LEN, CMD_BLOCK_STATUS, offset, length)
         out.extend(self._status(chosen, flags, cookie, offset, length))
@@ -295,14 +336,21 @@ class Transmission:
         head = self._dialect.request.size
         _, flags, command, cookie, offset, length = self._dialect.request.unpack_from(self._buffer, self._start)
         if length > _LONGEST_DRAIN:
-            raise ProtocolError(f"a request announces a payload of {length} bytes: more than is worth receiving to refuse it")
+            raise ProtocolError(
+                f"a request announces a payload of {length} bytes: more than is worth receiving to refuse it"
+            )
         arrived = self._view[self._start + head : self._end]
         self._start = self._end
         out: Buffers = []
-        if command != CMD_WRITE or length > MAXIMUM_PAYLOAD:
+        try:
+            self._check(flags, command, offset, length)
+            if command != CMD_WRITE:
+                raise _RequestError(
+                    wire.NbdError.EINVAL, f"{length} bytes are more payload than any command {command} has a use for"
+                )
+        except _RequestError as error:
             self._drain(length - len(arrived))
-            message = f"{length} bytes are more than a request may carry, {MAXIMUM_PAYLOAD}"
-            out.append(self._dialect.failed(cookie, offset, wire.NbdError.EINVAL, message))
+            out.append(self._dialect.failed(cookie, offset, error.error, str(error)))
         else:
             if len(self._long) < length:
                 self._long = memoryview(_anonymous_memory(length))
@@ -349,10 +397,11 @@ class Transmission:
         """A mapping cannot be read, since its file was cut short or its disk fails: answer those READs with an error.
 
         A head is ``bytes``, the data behind it are views. What is left begins with a head, unless sending stopped within the
-        data of a reply, whose head has promised all of them: then only ending the connection is left.
+        data of a reply, whose head has promised all of them: then only ending the connection is left. In place of a chunk of
+        several comes the error, which is the reply's last chunk: those that were to follow it are left out.
         """
         if not isinstance(out[0], bytes):
-            raise ConnectionAbortedError(errno.ECONNABORTED, "the base or the overlay cannot be read any more")
+            raise self._unreadable()
         spare = os.memfd_create("cowkit-unreadable")
         try:
             index = 0
@@ -365,6 +414,10 @@ class Transmission:
                     self._send_all(b"".join(reply[:1]), reply[1:])
                 else:
                     self._send_all(self._refusal(reply[0]), [])
+                    while not self._ends_reply(out[index]):
+                        index, stop = stop, stop + 1
+                        while stop < len(out) and not isinstance(out[stop], bytes):
+                            stop += 1
                 index = stop
         finally:
             os.close(spare)
@@ -378,12 +431,30 @@ class Transmission:
         else:
             _, _, cookie = wire.SIMPLE_REPLY.unpack_from(head)
             offset = 0
-        return self._dialect.failed(cookie, offset, wire.NbdError.EIO, "the base or the overlay cannot be read any more")
+        return self._dialect.failed(
+            cookie, offset, wire.NbdError.EIO, "the base or the overlay cannot be read any more"
+        )
+
+    def _ends_reply(self, head: bytes | memoryview) -> bool:
+        """Whether this head is that of a reply's last or only chunk."""
+        if not self._dialect.structured:
+            return True
+        _, flags, *_ = wire.STRUCTURED_REPLY.unpack_from(head)  # the beginning is that of an extended head, too
+        return bool(flags & wire.REPLY_FLAG_DONE)
 
     def _send_all(self, head: bytes, parts: Buffers) -> None:
-        self._sock.sendall(head)
-        for part in parts:
-            self._sock.sendall(part)
+        try:
+            self._sock.sendall(head)
+            for part in parts:
+                self._sock.sendall(part)
+        except OSError as error:
+            if error.errno != errno.EFAULT:
+                raise
+            raise self._unreadable() from error  # it was readable a moment ago, and its head is on its way
+
+    @staticmethod
+    def _unreadable() -> ConnectionAbortedError:
+        return ConnectionAbortedError(errno.ECONNABORTED, "the base or the overlay cannot be read any more")
 
 
 def _anonymous_memory(size: int) -> mmap.mmap:

@@ -186,7 +186,12 @@ class FileBase(Base):
             raise BaseError(f"cannot read base {self.given} at byte {offset}: {error.strerror}") from error
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
-        """The file's data and holes, as the file system tells them."""
+        """The file's data and holes, as the file system tells them.
+
+        :raises BaseChangedError: the file has become shorter: what is missing must not be taken for a hole.
+        """
+        if self.sparse and os.fstat(self._fd).st_size < self.size:
+            raise BaseChangedError(f"base {self.given} was cut short while it was in use")
         return data_and_holes(self._fd, offset, offset + length)
 
     def will_need(self, offset: int, length: int) -> None:

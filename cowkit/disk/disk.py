@@ -192,8 +192,13 @@ class Disk:
         if name is None:
             number = next(n for n in itertools.count(len(taken) + 1) if f"checkpoint-{n}" not in taken)
             return f"checkpoint-{number}"
-        if not name or len(name.encode()) > LONGEST_NAME:
-            raise UsageError(f"checkpoint name {name!r} is no text of 1 to {LONGEST_NAME} bytes")
+        if (
+            not name
+            or "\0" in name
+            or len(name.encode(errors="surrogatepass")) > LONGEST_NAME
+            or not name.isprintable()
+        ):
+            raise UsageError(f"checkpoint name {name!r} is no printable text of 1 to {LONGEST_NAME} bytes")
         if name in taken:
             raise CheckpointError(f"there is a checkpoint {name!r} already: choose another name, or roll back past it")
         return name

@@ -314,8 +314,9 @@ class Overlay:
         self._recycled = self._spare is not None
         layer, self._spare = self._spare or Layer(self.size, self.directory), None
         self.layers[number] = self.sources[number] = layer
-        self.stack.append(number)
+        # In this order, for who looks without a lock: with the layer, but not as the top, it would count one too many.
         self.top = number
+        self.stack.append(number)
 
     # What follows is called with the gate shut.
 

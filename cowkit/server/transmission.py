@@ -21,6 +21,7 @@ from cowkit.disk.gate import Pass
 from cowkit.errors import CowkitError, DiskError, ProtocolError
 from cowkit.server import wire
 from cowkit.server.block_status import MOST_DESCRIPTORS, describe
+from cowkit.server.channel import Channel
 from cowkit.server.replies import Buffers, Dialect, Extended, Simple, Status, Structured
 from cowkit.server.wire import (
     CMD_BLOCK_STATUS,
@@ -80,7 +81,7 @@ class Transmission:
 
     def __init__(
         self,
-        sock: socket.socket,
+        sock: Channel,
         disk: Disk,
         *,
         structured: bool,

@@ -110,6 +110,22 @@ def test_a_path_that_leads_to_another_file_now_is_told(base_path: Path) -> None:
     base.release()
 
 
+def test_what_a_sparse_base_has_lost_is_not_taken_for_a_hole(tmp_path: Path) -> None:
+    path = tmp_path / "sparse.img"
+    with path.open("wb") as file:
+        file.truncate(1 << 20)
+        file.write(b"x" * 65536)
+    disk = Disk(FileBase(path))
+    assert disk.base.sparse
+    os.truncate(path, 4096)
+    with pytest.raises(BaseChangedError, match="cut short"):
+        list(disk.overlay.segments(0, 65536))
+    with pytest.raises(BaseChangedError, match="cut short"):
+        disk.allocation(0, 1 << 20)
+    with pytest.raises(BaseChangedError):
+        disk.close()
+
+
 @pytest.mark.parametrize("kind", ["missing", "directory", "pipe", "socket", "device", "nul", "unreadable"])
 def test_what_cannot_be_a_base_is_refused_with_its_reason(tmp_path: Path, kind: str) -> None:
     import socket
@@ -313,8 +329,9 @@ def test_two_checkpoints_cannot_share_a_name_and_a_name_is_a_text() -> None:
         assert disk.checkpoint().name == "checkpoint-2"
         with pytest.raises(CheckpointError, match="already"):
             disk.checkpoint("checkpoint-1")
-        with pytest.raises(UsageError):
-            disk.checkpoint("")
+        for name in ("", "a\0b", "two\nlines", "\udcff", "x" * 1024):
+            with pytest.raises(UsageError, match="no printable text"):
+                disk.checkpoint(name)
 
 
 def test_a_disk_out_of_layers_says_so_and_goes_on() -> None:

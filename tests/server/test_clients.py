@@ -21,10 +21,9 @@ COUNT = 400
 SIZE = COUNT * BLOCK + 1536  # qemu wants whole sectors
 
 
-def run(*command: str | os.PathLike[str]) -> str:
-    done = subprocess.run(
-        [os.fspath(word) for word in command], capture_output=True, text=True, check=False, timeout=90
-    )
+def run(*command: str | os.PathLike[str], cwd: Path | None = None) -> str:
+    words = [os.fspath(word) for word in command]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=90, cwd=cwd)
     assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
     return done.stdout
 
@@ -321,24 +320,26 @@ def test_qemu_io_writes_zeroes_discards_and_verifies(server: NbdServer) -> None:
 # fio
 
 
-def fio(uri: str, *options: str) -> None:
-    run("fio", "--ioengine=nbd", f"--uri={uri}", "--output-format=terse", "--iodepth=16", "--randseed=5", *options)
+def fio(folder: Path, uri: str, *options: str) -> None:
+    """Run fio in ``folder``, where it may leave the files in which it notes how far a verification came."""
+    shared = ("--ioengine=nbd", f"--uri={uri}", "--output-format=terse", "--iodepth=16", "--randseed=5")
+    run("fio", *shared, *options, cwd=folder)
 
 
 VERIFIED = ("--verify=crc32c", "--do_verify=1", "--verify_fatal=1")
 
 
 @pytest.mark.requires("fio")
-def test_fio_verifies_what_eight_jobs_write_beside_eight_that_trim() -> None:
+def test_fio_verifies_what_eight_jobs_write_beside_eight_that_trim(tmp_path: Path) -> None:
     with serving(64 << 20) as server:
         shared = ["--size=4M", "--bsrange=512-64k", "--numjobs=8", "--offset_increment=8M"]
         writing = ["--name=write", *shared, "--rw=randwrite", "--serialize_overlap=1", *VERIFIED]
-        fio(server.uri, *writing, "--name=trim", *shared, "--offset=4M", "--rw=randtrim")
+        fio(tmp_path, server.uri, *writing, "--name=trim", *shared, "--offset=4M", "--rw=randtrim")
         dirty = {kind for _, _, kind in server.disk.dirty_extents()}
         assert dirty == {Kind.DATA, Kind.ZERO}
 
 
 @pytest.mark.requires("fio")
-def test_fio_verifies_what_it_writes_right_behind_a_trim() -> None:
+def test_fio_verifies_what_it_writes_right_behind_a_trim(tmp_path: Path) -> None:
     with serving(16 << 20) as server:
-        fio(server.uri, "--name=job", "--rw=randtrimwrite", "--bs=4k", "--size=16M", *VERIFIED)
+        fio(tmp_path, server.uri, "--name=job", "--rw=randtrimwrite", "--bs=4k", "--size=16M", *VERIFIED)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,10 +12,7 @@ from pathlib import Path
 import pytest
 
 from cowkit.disk import Disk, FileBase, ZeroBase
-from cowkit.server.connection import serve_connection
-from cowkit.server.exports import Export
-from cowkit.server.server import DiskExports, NbdServer
-from cowkit.server.wire import TransmissionFlag
+from cowkit.server.server import NbdServer
 from tests.server.raw_client import (
     BLOCK_STATUS,
     BOTH_STRUCTURED,
@@ -246,24 +242,12 @@ def test_the_messages_are_text_and_the_error_chunk_is_well_formed(server: NbdSer
 # Read-only
 
 
-class ReadOnly(DiskExports):
-    def export(self) -> Export:
-        export = super().export()
-        export.flags |= TransmissionFlag.READ_ONLY
-        return export
-
-
 @every_dialect
 def test_a_read_only_export_refuses_every_change_with_eperm_and_drains_its_payload(
     base_path: Path, dialect: DialectName
 ) -> None:
-    ours, theirs = socket.socketpair()
     with Disk(FileBase(base_path)) as disk:
-        thread = threading.Thread(target=serve_connection, args=(ours, ReadOnly(disk, "", "")))
-        thread.start()
-        client = RawClient(theirs)
-        with client, ours:
-            client.negotiate(dialect)
+        with NbdServer(disk, read_only=True) as server, connected(server, dialect) as client:
             assert client.flags & 2
             for command, length, size in (
                 (WRITE, None, 100),
@@ -279,8 +263,6 @@ def test_a_read_only_export_refuses_every_change_with_eperm_and_drains_its_paylo
             for command in (FLUSH, CACHE):
                 assert client.do(command).error == 0
             assert client.read(SIZE, 0) == base_path.read_bytes()
-            client.close()
-            thread.join(30)
         assert disk.dirty_bytes == 0
 
 

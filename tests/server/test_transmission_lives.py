@@ -126,9 +126,7 @@ def test_the_other_dialects_header_ends_that_connection_alone(server: NbdServer)
         with RawClient(where(server)) as client:
             client.negotiate(dialect)
             client.extended = not client.extended
-            client.send(client.header(FLUSH))
-            client.extended = not client.extended
-            client.send(client.header(FLUSH))
+            client.send(client.header(FLUSH) * 2)  # two, since a compact one alone is shorter than an extended one
             assert client.at_end()
     assert_serves(server)
 

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from cowkit.cow_disk import CowDisk
     from cowkit.disk import Checkpoint, Extent, Kind
+    from cowkit.errors import CowkitError
 
 __version__ = "0.1.0"
 
-__all__ = ["Checkpoint", "CowDisk", "Extent", "Kind", "__version__"]
+__all__ = ["Checkpoint", "CowDisk", "CowkitError", "Extent", "Kind", "__version__"]
 
 
 def __getattr__(name: str) -> object:
@@ -19,8 +20,16 @@ def __getattr__(name: str) -> object:
         from cowkit.cow_disk import CowDisk
 
         return CowDisk
+    if name == "CowkitError":
+        from cowkit.errors import CowkitError
+
+        return CowkitError
     if name in ("Checkpoint", "Extent", "Kind"):
         import cowkit.disk
 
         return getattr(cowkit.disk, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

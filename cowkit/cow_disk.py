@@ -5,18 +5,23 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
-from cowkit.disk import Checkpoint, Disk, Extent, FileBase, ZeroBase
+from cowkit.disk import Base, Checkpoint, Disk, Extent, ZeroBase
 from cowkit.disk.disk import DEFAULT_BLOCK_SIZE, Buffer, check_block_size
+from cowkit.disk.layer import default_directory
 from cowkit.disk.sizes import format_size, parse_size
-from cowkit.errors import BaseChangedError, DiskClosedError, UsageError
+from cowkit.errors import BaseChangedError, DiskClosedError, DiskError, OverlayError, UsageError
 
 if TYPE_CHECKING:
+    from socket import socket as Socket
+
     from cowkit.diff import DiffReport
     from cowkit.server.server import NbdServer
+    from cowkit.server.shares import Share
+    from cowkit.server.tls import TlsChoice
 
 Round = Literal["exact", "down", "up"]
 
@@ -35,9 +40,14 @@ class CowDisk:
     base, and no thread started, before it is needed: an NBD server at the first use of :attr:`uri` or :attr:`socket`, an
     overlay file at the first write.
 
-    :param base: a raw image file or a block device, opened read-only; without one the disk is blank.
+    :param base: a raw image file, a block device, a file compressed by xz, gzip, zstd or bzip2, an image that QEMU reads, or
+        an NBD URI; opened read-only. Without one the disk is blank.
     :param size: the size of a blank disk; with a base, a size over the base's, beyond which the disk reads as zeroes.
     :param block_size: the unit of copy-on-write: a power of two from 512 bytes to 16 MiB; 4096 unless given.
+    :param base_format: ``"raw"``, ``"xz"``, ``"gz"``, ``"zst"``, ``"bz2"``, or QEMU's name of an image format, such as
+        ``"qcow2"``; unless given, the base's name and its first bytes must agree on one.
+    :param offset: begin that many bytes into the base, or into its partition.
+    :param partition: the partition of that number, from 1, instead of the whole base.
     :param round: what to do with a size that is no multiple of the block size: keep it (``"exact"``), or round ``"down"``
         or ``"up"`` to one.
     :param cow_on_read: copy into the overlay what is read from the base.
@@ -46,6 +56,7 @@ class CowDisk:
     :param name: what to call the disk in lists and messages; the base's file name, unless given.
     :raises UsageError: an argument makes no sense.
     :raises BaseOpenError: the base cannot be opened.
+    :raises OverlayError: ``tmpdir`` is no directory to write to.
     """
 
     def __init__(
@@ -54,6 +65,9 @@ class CowDisk:
         *,
         size: int | str | None = None,
         block_size: int | str | None = None,
+        base_format: str | None = None,
+        offset: int | str = 0,
+        partition: int | None = None,
         round: Round = "exact",
         cow_on_read: bool = False,
         cow_on_cache: bool = False,
@@ -71,7 +85,8 @@ class CowDisk:
             raise UsageError(
                 "a disk needs a base or a size: CowDisk('disk.img'), or CowDisk(size='1G') for a blank one"
             )
-        source = ZeroBase(wanted or 0) if base is None else FileBase(base)
+        _check_overlay_directory(default_directory() if tmpdir is None else os.fspath(tmpdir))
+        source = _open(base, wanted, base_format, offset, partition, tmpdir)
         try:
             if wanted is not None and wanted < source.size:
                 raise UsageError(
@@ -86,7 +101,7 @@ class CowDisk:
             raise
         self.base: str | None = source.given
         """The base as it was given; None for a blank disk."""
-        self.name = name or (os.path.basename(source.path) if source.path else "blank")
+        self.name = name or (os.path.basename(source.path) if source.path else source.given or "blank")
         self._servers: list[NbdServer] = []
         self._own_server: NbdServer | None = None
         self._starting = threading.Lock()
@@ -237,19 +252,31 @@ class CowDisk:
         :param backing_file: the name of the base to record; unless given, the base's path: relative to ``path``'s directory
             if the base was given as a relative path.
         :param progress: called now and then with the number of bytes dealt with and of those there are.
+        :raises UsageError: the base cannot be a backing file (it is compressed, or a part of a file), and no other is named.
         :raises OutputError: the image cannot be written; an old file at ``path`` is as it was.
         :raises BaseChangedError: the base is not what it was when the disk was opened.
         """
-        from cowkit.diff import backing_name, write_diff
+        from cowkit.diff import write_diff
 
         self._open()
         base = self.engine.base
-        if backing_file is None:
-            backing_file = backing_name(base.given, base.path, path)
-        elif base.path is None:
-            raise UsageError(f"a blank disk has no base to be called {backing_file!r}: its difference stands alone")
+        name = self._backing_file(path) if backing_file is None else backing_file
+        if name is not None and base.given is None:
+            raise UsageError(f"a blank disk has no base to be called {name!r}: its difference stands alone")
+        # Where the base itself cannot be the backing file, what it holds has been put somewhere else as a raw image.
+        backing_format = base.backing_format if base.backing_refusal is None else "raw"
         with self.engine.freeze() as view:
-            return write_diff(view, path, backing_file=backing_file, progress=progress)
+            return write_diff(view, path, backing_file=name, backing_format=backing_format, progress=progress)
+
+    def _backing_file(self, path: str | os.PathLike[str]) -> str | None:
+        from cowkit.diff import backing_name
+
+        base = self.engine.base
+        if base.backing_refusal is not None:
+            raise UsageError(base.backing_refusal)
+        if base.path is None:
+            return base.given  # an NBD URI, which QEMU opens as it is
+        return backing_name(base.given, base.path, path)
 
     # Serving
 
@@ -270,22 +297,69 @@ class CowDisk:
         *,
         socket: str | os.PathLike[str] | None = None,
         tcp: str | None = None,
+        vsock: int | None = None,
+        listeners: Sequence[Socket] = (),
         export_name: str = "",
         description: str = "",
+        read_only: bool = False,
+        share: Share = "all",
+        max_exports: int | None = None,
+        tls_certs: str | os.PathLike[str] | None = None,
+        tls_psk: str | os.PathLike[str] | None = None,
+        tls_verify_peer: bool = False,
+        tls: TlsChoice | None = None,
+        on_idle: Callable[[], None] | None = None,
+        start: bool = True,
     ) -> NbdServer:
         """Start one more server of this disk; it ends with the disk, or by its ``stop()``.
 
-        :param socket: the path of the Unix socket; in a private directory, unless given.
-        :param tcp: listen on ``HOST:PORT`` instead; port 0 takes any free one.
-        :param export_name: what clients may ask for; whoever asks for none gets the disk, too.
+        It listens wherever it is told to, in several places if need be; in a private directory if it is told of none.
+
+        :param socket: the path of a Unix socket.
+        :param tcp: listen on ``HOST:PORT``, on the loopback address without a host; port 0 takes any free one.
+        :param vsock: listen on that vsock port; 0 takes any free one.
+        :param listeners: listen on these sockets, which the server closes in the end.
+        :param export_name: what clients may ask for; whoever asks for none gets this export.
+        :param description: for people.
+        :param read_only: refuse what would change the disk.
+        :param share: who shares a disk: ``"all"`` clients have this one. With ``"export"`` there is one for each export name
+            that a client asks for, kept until the server ends; with ``"connection"`` each connection has its own, gone when it
+            leaves. Such a disk begins as the base is, and this one does not see what is written there.
+        :param max_exports: with ``"export"``: how many there may be; 64, unless given.
+        :param tls_certs: do TLS, with the certificates in this directory: ``server-cert.pem`` and ``server-key.pem``, and for
+            ``tls_verify_peer`` ``ca-cert.pem`` and perhaps ``ca-crl.pem``, as QEMU and nbdkit have them.
+        :param tls_psk: do TLS, with the pre-shared keys in this file, lines of ``NAME:HEX``; needs Python 3.13.
+        :param tls_verify_peer: turn away clients without a certificate of the authority's.
+        :param tls: whether clients may (``"on"``) or must (``"require"``) use TLS; they must, unless given.
+        :param on_idle: called, from a thread of the server's, when the last client has left, and one of them had chosen an
+            export. It must not stop the server itself.
+        :param start: False: those who connect wait until the server's ``start()`` is called.
         :raises ListenError: no socket can be had there.
+        :raises UsageError: an argument makes no sense, or a file that TLS needs is missing or no good.
         """
         from cowkit.server.server import NbdServer
 
+        credentials = None
+        if tls_certs is not None or tls_psk is not None or tls_verify_peer or tls is not None:
+            from cowkit.server.tls import load_tls
+
+            credentials = load_tls(certs=tls_certs, psk=tls_psk, verify_peer=tls_verify_peer, choice=tls)
         with self._starting:
             self._open()
             server = NbdServer(
-                self.engine, socket_path=socket, tcp=tcp, export_name=export_name, description=description
+                self.engine,
+                socket_path=socket,
+                tcp=tcp,
+                vsock=vsock,
+                listeners=listeners,
+                export_name=export_name,
+                description=description,
+                read_only=read_only,
+                tls=credentials,
+                share=share,
+                max_exports=max_exports,
+                on_idle=on_idle,
+                start=start,
             )
             self._servers.append(server)
         return server
@@ -307,6 +381,11 @@ class CowDisk:
         return [error for server in self._servers for error in server.errors]
 
     @property
+    def overlay_failure(self) -> DiskError | None:
+        """Why the last request failed that found no room or a broken overlay; clients are told but a number. None: none did."""
+        return self.engine.overlay.failure
+
+    @property
     def connections(self) -> int:
         """How many clients are connected."""
         return sum(server.connections for server in self._servers)
@@ -320,13 +399,47 @@ class CowDisk:
 
         :raises BaseChangedError: the base is not what it was at opening. The disk is closed all the same.
         """
-        with self._starting:
-            if self._closed:
-                return
+        if self.engine.foreign:  # no lock is taken in a forked child: a thread that it does not have may have held it
             self._closed = True
+        else:
+            with self._starting:
+                if self._closed:
+                    return
+                self._closed = True
         for server in self._servers:
             server.stop()
         self.engine.close()
+
+
+def _open(
+    base: str | os.PathLike[str] | None,
+    size: int | None,
+    base_format: str | None,
+    offset: int | str,
+    partition: int | None,
+    tmpdir: str | os.PathLike[str] | None,
+) -> Base:
+    if base is not None:
+        from cowkit.bases import open_base
+
+        start = parse_size(offset, what="offset")
+        return open_base(base, format=base_format, offset=start, partition=partition, tmpdir=tmpdir)
+    if base_format is not None or offset or partition is not None:
+        raise UsageError("a format, an offset and a partition are of a base: name one, or leave them out for a blank disk")
+    return ZeroBase(size or 0)
+
+
+def _check_overlay_directory(directory: str) -> None:
+    """Said here, where a user reads it, rather than to the first client that writes, which gets but a number."""
+    if not os.path.isdir(directory):
+        problem = "there is no such directory"
+    elif not os.access(directory, os.W_OK | os.X_OK):
+        problem = "it is not writable"
+    else:
+        return
+    raise OverlayError(
+        f"the overlay cannot be in {directory}: {problem}; set TMPDIR (or tmpdir=, --tmpdir) to a directory to write to"
+    )
 
 
 def _rounded(size: int, block: int, how: Round) -> int:

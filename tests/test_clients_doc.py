@@ -18,7 +18,7 @@ TEXT = (Path(__file__).parent.parent / "docs" / "clients.md").read_text(encoding
 
 
 def recipes() -> list[object]:
-    found = []
+    found: list[object] = []
     for section in re.split(r"^## ", TEXT, flags=re.MULTILINE)[1:]:
         title = section.splitlines()[0]
         needs = re.search(r"^Needs: (.*)\.$", section, flags=re.MULTILINE)

@@ -64,7 +64,9 @@ def test_the_unrelated_package_called_nbd_is_no_dependency() -> None:
 def test_every_dependency_has_a_lower_bound() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [*project["dependencies"], *(one for extra in project["optional-dependencies"].values() for one in extra)]
-    assert [one for one in wanted if not re.fullmatch(r"[\w.-]+>=[\d.]+", one)] == []
+    # One extra may stand for another of this project, and a package may be for some versions of Python only.
+    others = [one.partition(";")[0] for one in wanted if not one.startswith("cowkit[")]
+    assert [one for one in others if not re.fullmatch(r"[\w.-]+>=[\d.]+", one)] == []
 
 
 def test_the_package_is_marked_as_typed() -> None:

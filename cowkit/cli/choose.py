@@ -11,6 +11,8 @@ from cowkit.errors import ControlError
 from cowkit.server.control import ControlClient
 from cowkit.server.runtime import ServerInfo, identity_of, running
 
+_ANY = "what is being served"
+
 
 def add_choice(parser: argparse.ArgumentParser) -> None:
     """What says which server is meant."""
@@ -42,11 +44,13 @@ def choose(base: str | None, source: str | None) -> ServerInfo:
         wanted = f"base {base}"
     else:
         found = servers
-        wanted = "what is being served"
+        wanted = _ANY
     if len(found) == 1:
         return found[0]
     if found:
         more = " by process id" if source is not None else ""
+        if wanted == _ANY:
+            raise ControlError(f"{len(found)} disks are being served: {_list(found)}; choose one with --base or --from")
         raise ControlError(f"{len(found)} servers match {wanted}: {_list(found)}; choose one{more} with --from")
     if not servers:
         start = f"cowkit serve {base or 'BASE'}"

@@ -94,7 +94,10 @@ class DiskCommands:
             if not os.path.isabs(given):
                 raise ControlError(f"{name} {given!r} is relative, and the server is in a directory of its own: make it absolute")
         backing_file = arguments.get("backing-file")
-        if backing_file is None and base is not None:
+        refusal = self._disk.engine.base.backing_refusal
+        if backing_file is None and refusal is not None:
+            raise ControlError(refusal)
+        if backing_file is None and base is not None and self._disk.engine.base.path is not None:
             if base_path is None:
                 raise ControlError("base makes no sense without base-path, the same as an absolute path")
             from cowkit.diff import backing_name

@@ -156,7 +156,7 @@ class _Demo:
     def _wreck(self, disk: CowDisk) -> str:
         """Damage the disk over NBD, with a real client where there is one; returns which."""
         name, damage = _client(disk)
-        noise = random.Random(0)  # noqa: S311 - the same damage each time, no secret
+        noise = random.Random(0)
         for what, offset, length in _DAMAGE:
             damage(what, offset, length, noise)
         self._say(f"wreck it ({name}): overwrite, zero and trim {format_size(sum(length for _, _, length in _DAMAGE))}")

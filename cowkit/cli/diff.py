@@ -37,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("-o", "--output", metavar="OUT", required=True, help="the qcow2 image to write; replaced if it exists")
     )
     parser.add_argument(
-        "--backing-file",
+        "--backing",
+        dest="backing_file",
         metavar="NAME",
         help="the name of the base to record in OUT (default: BASE's path; if that is relative, as seen from OUT's directory)",
     )

@@ -27,6 +27,7 @@ cowkit doctor --json | jq '.tools[] | select(.version == null).name'
 
 _SYSTEM_PATH = "/usr/local/sbin:/usr/sbin:/sbin"
 _TIMEOUT_SECONDS = 10
+_BINDING_PLACES = ("/usr/lib/python3/dist-packages/nbd.py", f"/usr/lib64/python3.{sys.version_info.minor}/site-packages/nbd.py")
 
 
 class Check(NamedTuple):
@@ -68,6 +69,8 @@ def run(arguments: argparse.Namespace) -> int:
         _print((check.name, "ok" if check.fine else "NOT OK", check.detail) for check in checks)
         print()
         _print(((f"import {tool.name}" if tool.is_module else tool.name), versions[tool] or "missing", tool.purpose) for tool in TOOLS)
+        if hidden := _hidden_binding():
+            print(f"\n{hidden}")
         for what, line in install.items():
             if line:
                 print(f"\nto install what is missing ({what}):\n  {line}" if what == "apt" else f"or ({what}):\n  {line}")
@@ -107,6 +110,16 @@ def version_of(tool: Tool) -> str | None:
         return "?"
     match = re.search(r"\d+(?:\.\d+)+", done.stdout)
     return match[0] if match else "?"
+
+
+def _hidden_binding() -> str | None:
+    """A word on a binding that is installed, where this Python does not see it."""
+    if _binding_version() is not None or not any(os.path.exists(place) for place in _BINDING_PLACES):
+        return None
+    return (
+        "the binding `import nbd` is installed, for the distribution's Python; this environment does not see it: make it with\n"
+        "  /usr/bin/python3 -m venv --system-site-packages DIR"
+    )
 
 
 def _binding_version() -> str | None:

@@ -19,7 +19,7 @@ cowkit ls
 cowkit ls --json | jq -r '.[].uris[0]'
 """
 
-_HEADER = ("NAME", "PID", "SIZE", "WRITTEN", "CLIENTS", "FOR", "BASE", "URI")
+_HEADER = ("NAME", "PID", "SIZE", "DIRTY", "CLIENTS", "FOR", "BASE", "URI")
 _PATIENCE_SECONDS = 1
 
 
@@ -42,17 +42,18 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _described(server: ServerInfo) -> dict[str, Any]:
     """What is known of ``server``, with how it is doing if it says so; one that is stuck or ending is listed all the same."""
-    unknown = {"block-size": None, "dirty-bytes": None, "connections": None, "checkpoints": None}
+    unknown = {"block_size": None, "dirty_bytes": None, "connections": None, "checkpoints": None}
     try:
         with ControlClient(server.control, timeout=_PATIENCE_SECONDS) as client:
             said = client.execute("cowkit-query-disk")
     except ControlError:
         said = {}
-    return {**server.to_json(), **unknown, **said}
+    # QMP's names have dashes, those of all that cowkit prints as JSON have underscores.
+    return {**server.to_json(), **unknown, **{name.replace("-", "_"): value for name, value in said.items()}}
 
 
 def _row(server: dict[str, Any]) -> tuple[str, ...]:
-    dirty, clients = server["dirty-bytes"], server["connections"]
+    dirty, clients = server["dirty_bytes"], server["connections"]
     return (
         server["name"],
         str(server["pid"]),

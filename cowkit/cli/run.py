@@ -48,6 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("give a command to run, behind `--`: cowkit run ... -- CMD ... (see `cowkit run --help`)")
     if any("{file}" in word for word in command):
         raise UsageError("there is no {file}: give CMD {uri} or {socket}, which NBD clients take")
+    if arguments.diff is not None and arguments.share != "all":
+        raise UsageError(f"--diff keeps what changed on one disk, and with --share {arguments.share} there are several")
     status = 0
     try:
         with Serving(arguments, local=True) as serving:

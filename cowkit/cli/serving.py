@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Self
 import cowkit
 from cowkit.cli.arguments import file_argument
 from cowkit.cli.control_commands import DiskCommands
+from cowkit.cli.shares import shared_commands
 from cowkit.cow_disk import CowDisk
 from cowkit.disk.sizes import format_size
 from cowkit.errors import UsageError
 from cowkit.server.control import ControlServer
+from cowkit.server.listener import uri_of
 from cowkit.server.runtime import (
     CONTROL_SOCKET,
     NBD_SOCKET,
@@ -29,6 +31,8 @@ from cowkit.server.runtime import (
 )
 
 if TYPE_CHECKING:
+    from socket import socket as Socket
+
     from cowkit.server.server import NbdServer
 
 
@@ -71,10 +75,44 @@ def add_disk_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument(
         "--tcp",
         metavar="HOST:PORT",
-        help="TCP instead, or with --socket as well; port 0 takes any free one. There is no encryption and no password",
+        help="TCP instead, or as well; port 0 takes any free one, and without HOST it is the loopback address. Whoever can connect "
+        "may read and write, unless TLS says otherwise",
     )
+    where.add_argument("--vsock", metavar="PORT", type=int, help="a vsock port for guests, instead or as well; 0 takes any free one")
     where.add_argument(
         "--export-name", metavar="NAME", default="", help="what clients may ask for (default: the empty name, which always works)"
+    )
+    where.add_argument("--description", metavar="TEXT", default="", help="what the export is, for people")
+    may = parser.add_argument_group("what clients may do")
+    may.add_argument("--read-only", action="store_true", help="refuse what would change the disk")
+    may.add_argument(
+        "--share",
+        choices=("all", "export", "connection"),
+        default="all",
+        help="who shares a disk: all clients; those that ask for the same export name, where any name will do; or nobody: each "
+        "connection has its own, gone when it leaves (default: all). There is no checkpoint and no diff but with `all`",
+    )
+    may.add_argument("--max-exports", metavar="N", type=int, help="with --share export: how many names there may be (default: 64)")
+    file_argument(
+        may.add_argument(
+            "--tls-certs",
+            metavar="DIR",
+            help="encrypt, with server-cert.pem and server-key.pem in DIR, as QEMU and nbdkit have them",
+        )
+    )
+    may.add_argument(
+        "--tls-verify-peer",
+        action="store_true",
+        help="with --tls-certs: turn away clients without a certificate of the authority in DIR's ca-cert.pem, or with one that "
+        "is in its ca-crl.pem",
+    )
+    file_argument(
+        may.add_argument(
+            "--tls-psk", metavar="FILE", help="encrypt, with the pre-shared keys in FILE, which psktool makes; needs Python 3.13"
+        )
+    )
+    may.add_argument(
+        "--tls", choices=("on", "require"), help="whether clients may or must encrypt (default: they must, with --tls-certs or --tls-psk)"
     )
 
 
@@ -85,15 +123,25 @@ class Serving:
 
     :param quit: what the control command ``quit`` calls; without it there is no such command.
     :param local: have a Unix socket even where only TCP was asked for.
+    :param listeners: serve on these sockets, too, which are closed in the end.
+    :param on_idle: called, from another thread, when the last client has left.
     :raises BaseChangedError: at the end, when all is cleaned up.
     """
 
     def __init__(
-        self, arguments: argparse.Namespace, *, quit: Callable[[], None] | None = None, local: bool = False
+        self,
+        arguments: argparse.Namespace,
+        *,
+        quit: Callable[[], None] | None = None,
+        local: bool = False,
+        listeners: Sequence[Socket] = (),
+        on_idle: Callable[[], None] | None = None,
     ) -> None:
         self._arguments = arguments
         self._quit = quit
         self._local = local
+        self._listeners = listeners
+        self._on_idle = on_idle
 
     def __enter__(self) -> Self:
         with ExitStack() as undo:
@@ -122,13 +170,11 @@ class Serving:
         )
         directory = make_socket_dir()
         undo.callback(remove_socket_dir, directory)
-        servers = self._listen(directory)
-        for server in servers:
-            undo.callback(server.stop)  # before its directory goes
-        self.uris = tuple(server.uri for server in servers)
-        """Where NBD clients connect, in the order to prefer."""
-        self.socket = next((server.socket for server in servers if server.socket), None)
-        """The path of a Unix socket for NBD clients; None with TCP alone."""
+        self.server = self._listen(directory)
+        """Who serves it."""
+        undo.callback(self.server.stop)  # before its directory goes
+        self.socket = self.server.socket
+        """The path of a Unix socket for NBD clients; None with TCP or an activated socket alone."""
         base = self.disk.engine.base
         self.info = ServerInfo(
             pid=os.getpid(),
@@ -140,24 +186,43 @@ class Serving:
             started=time.time(),
             control=str(directory / CONTROL_SOCKET),
         )
-        commands = DiskCommands(self.disk, self.info, quit=self._quit).table()
+        commands = shared_commands(
+            DiskCommands(self.disk, self.info, quit=self._quit).table(), given.share, lambda: self.server.written_bytes
+        )
         self.control = undo.enter_context(ControlServer(self.info.control, commands, version=cowkit.__version__))
         publish(directory, self.info)
         undo.callback((directory / SERVER_FILE).unlink, missing_ok=True)
+        # Last: who has connected to a socket that was handed over, or to a known place, finds the rest in order.
+        self.server.start()
 
-    def _listen(self, directory: Path) -> list[NbdServer]:
+    def _listen(self, directory: Path) -> NbdServer:
         given = self._arguments
-        servers = []
-        if given.socket is not None or given.tcp is None or self._local:
-            servers.append(self.disk.serve(socket=given.socket or directory / NBD_SOCKET, export_name=given.export_name))
-        if given.tcp is not None:
-            servers.append(self.disk.serve(tcp=given.tcp, export_name=given.export_name))
-            if given.socket is None:
-                servers.reverse()
-        return servers
+        told = given.tcp is not None or given.vsock is not None or any(uri_of(each, "") for each in self._listeners)
+        own = given.socket is None and (self._local or not told)
+        server = self.disk.serve(
+            socket=directory / NBD_SOCKET if own else given.socket,
+            tcp=given.tcp,
+            vsock=given.vsock,
+            listeners=self._listeners,
+            export_name=given.export_name,
+            description=given.description,
+            read_only=given.read_only,
+            share=given.share,
+            max_exports=given.max_exports,
+            tls_certs=given.tls_certs,
+            tls_psk=given.tls_psk,
+            tls_verify_peer=given.tls_verify_peer,
+            tls=given.tls,
+            on_idle=self._on_idle,
+            start=False,
+        )
+        # A socket that nobody asked for comes last.
+        self.uris = (*server.uris[1:], server.uris[0]) if own else server.uris
+        """Where NBD clients connect, in the order to prefer."""
+        return server
 
     def written(self) -> str:
         """How much clients wrote, for people."""
-        dirty = self.disk.dirty_bytes
+        dirty = self.server.written_bytes
         what = self.disk.base or "the blank disk"
         return f"{format_size(dirty)} written to {what}, thrown away" if dirty else f"nothing was written to {what}"

@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 from cowkit.disk.counted import Counted
 from cowkit.disk.extent import Extent, Kind
-from cowkit.disk.files import ShortReadError, data_and_holes, map_for_reading, pread_whole
+from cowkit.disk.files import ShortReadError, data_and_holes, map_for_reading, on_tmpfs, pread_whole
+from cowkit.disk.sizes import parse_size
 from cowkit.disk.source import ZeroSource
-from cowkit.errors import BaseChangedError, BaseError, BaseOpenError
+from cowkit.errors import BaseChangedError, BaseError, BaseOpenError, UsageError
 
 _REFUSED = {
     stat.S_IFDIR: "a directory",
@@ -24,6 +25,30 @@ _REFUSED = {
     stat.S_IFIFO: "a pipe",
     stat.S_IFCHR: "a character device",
 }
+
+
+def _meant_as_size(given: str) -> str:
+    try:
+        parse_size(given)
+    except UsageError:
+        return ""
+    return f"; for a blank disk of that size, leave the base out and give the size (size={given!r}, --size {given})"
+
+
+def _absolute(given: str) -> str:
+    """``given`` from the root on. ``..`` behind a symbolic link is not where it seems: then it stays as it is written.
+
+    :raises BaseOpenError: it is relative, and the working directory is gone.
+    """
+    try:
+        plain = os.path.abspath(given)
+        whole = os.path.join(os.getcwd(), given)
+    except OSError as error:
+        raise BaseOpenError(f"cannot open base {given}: the working directory is gone ({error.strerror})") from error
+    try:
+        return plain if os.path.samefile(plain, given) else whole
+    except (OSError, ValueError):
+        return plain
 
 
 class Identity(NamedTuple):
@@ -129,16 +154,23 @@ class FileBase(Base):
     :raises BaseOpenError: it is missing, unreadable, or neither a regular file nor a block device.
     """
 
+    _fd = -1
+    _view: memoryview | None = None
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__()
         self.given: str = os.fspath(path)
-        self.path: str = os.path.abspath(self.given)
+        self.path: str = _absolute(self.given)
         try:
             # Look before opening: opening a pipe waits for a writer, opening a device may do something.
             kind = stat.S_IFMT(os.stat(self.given).st_mode)
             if kind in _REFUSED:
                 raise BaseOpenError(f"base {self.given} is {_REFUSED[kind]}: give a raw image file or a block device")
             fd = os.open(self.given, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError as error:
+            raise BaseOpenError(
+                f"cannot open base {self.given}: {error.strerror}{_meant_as_size(self.given)}"
+            ) from error
         except OSError as error:
             raise BaseOpenError(f"cannot open base {self.given}: {error.strerror}") from error
         except ValueError as error:
@@ -169,7 +201,9 @@ class FileBase(Base):
     def view(self) -> memoryview | None:
         """A mapping for system calls to read; see :class:`cowkit.disk.source.Source`."""
         if self._view is None and self.size:
-            self._view = map_for_reading(self._fd, self.size)
+            # A tmpfs fills the holes of a file that is read through a mapping with memory, and fails where it has none.
+            if not (self.sparse and on_tmpfs(self._fd)):
+                self._view = map_for_reading(self._fd, self.size)
         return self._view
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
@@ -210,7 +244,7 @@ class FileBase(Base):
         if now.size != self.identity.size:
             what = f"its size went from {self.identity.size} to {now.size} bytes"
         else:
-            what = "it was written to"
+            what = "it was written to, or its time of last change was set"
         raise BaseChangedError(
             f"base {self.given} changed while it was in use ({what}): what was read from it is not to be trusted; "
             "keep bases read-only (chmod a-w) and run again"
@@ -233,4 +267,10 @@ class FileBase(Base):
 
     def _close(self) -> None:
         self._view = None
-        os.close(self._fd)
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __del__(self) -> None:
+        # For what an interrupt or a fork kept from being released.
+        self._close()

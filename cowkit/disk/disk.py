@@ -5,24 +5,29 @@ from __future__ import annotations
 import errno
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
+from typing import TypeVar
 
 from cowkit.disk.base import Base
 from cowkit.disk.checkpoint import Checkpoint, FrozenView, extents_of_runs
 from cowkit.disk.extent import Extent
 from cowkit.disk.gate import Gate
-from cowkit.disk.layer import default_directory
+from cowkit.disk.layer import Layer, default_directory
 from cowkit.disk.overlay import Overlay
 from cowkit.disk.owner_map import OwnerMap
-from cowkit.disk.sizes import LARGEST_DISK
 from cowkit.errors import CheckpointError, DiskClosedError, OutOfBoundsError, UsageError
 
 Buffer = bytes | bytearray | memoryview
 
+T = TypeVar("T")
+
 DEFAULT_BLOCK_SIZE = 4096
 SMALLEST_BLOCK_SIZE = 512
 LARGEST_BLOCK_SIZE = 16 << 20
+
+MOST_BLOCKS = 1 << 34
+"""The owner map costs eight bytes for each 8,192 blocks from the start: 16 MiB for this many, which are 64 TiB of 4 KiB each."""
 
 LONGEST_NAME = 1023
 """Of a checkpoint, in bytes: it becomes part of an NBD metadata context's name (at most 4096) and of a QEMU bitmap's (1023)."""
@@ -41,6 +46,16 @@ def check_block_size(block_size: int) -> int:
             f"block size {block_size} is no power of two from {SMALLEST_BLOCK_SIZE} to {LARGEST_BLOCK_SIZE} bytes (16 MiB)"
         )
     return block_size
+
+
+def _too_many_blocks(size: int, block_size: int) -> str:
+    enough = 1 << max(0, (-(-size // MOST_BLOCKS) - 1).bit_length())
+    if enough > LARGEST_BLOCK_SIZE:
+        return f"disk size {size} is over the most that a disk can have, {MOST_BLOCKS * LARGEST_BLOCK_SIZE} bytes (256 PiB)"
+    return (
+        f"disk size {size} is too much for blocks of {block_size} bytes, which do for up to {MOST_BLOCKS * block_size}: "
+        f"set the block size to {enough} or more (block_size=, --block-size)"
+    )
 
 
 class Disk:
@@ -69,14 +84,15 @@ class Disk:
         self.base = base
         self.size = base.size if size is None else size
         self.block_size = check_block_size(block_size)
-        if not 0 <= self.size <= LARGEST_DISK - block_size:
-            raise UsageError(f"disk size {self.size} is out of range: 0 to {LARGEST_DISK - block_size} bytes")
+        if self.size > MOST_BLOCKS * block_size:
+            raise UsageError(_too_many_blocks(self.size, block_size))
         directory = default_directory() if tmpdir is None else os.fspath(tmpdir)
         self.overlay = Overlay(
             base, self.size, block_size, directory, cow_on_read=cow_on_read, cow_on_cache=cow_on_cache
         )
         self.gate = Gate()
         self.closed = False
+        self._owner = os.getpid()
         self._shift = block_size.bit_length() - 1
         self._checkpoints: list[Checkpoint] = []
         self._views: dict[FrozenView, int] = {}
@@ -99,9 +115,7 @@ class Disk:
         self._check(offset, length, errno.EINVAL)
         buffer = bytearray(length)
         if length:
-            with self.gate.passing():
-                self._open()
-                self.overlay.read_into(memoryview(buffer), offset)
+            self._pass(lambda: self.overlay.read_into(memoryview(buffer), offset))
         return bytes(buffer)
 
     def pwrite(self, data: Buffer, offset: int) -> None:
@@ -113,9 +127,7 @@ class Disk:
         view = memoryview(data).cast("B")
         self._check(offset, len(view), errno.ENOSPC)
         if view:
-            with self.gate.passing():
-                self._open()
-                self.overlay.write(view, offset)
+            self._pass(lambda: self.overlay.write(view, offset))
 
     def zero(self, length: int, offset: int) -> None:
         """Make the range read as zeroes; whole blocks of it take no space any more.
@@ -125,9 +137,7 @@ class Disk:
         """
         self._check(offset, length, errno.ENOSPC)
         if length:
-            with self.gate.passing():
-                self._open()
-                self.overlay.zero(offset, length)
+            self._pass(lambda: self.overlay.zero(offset, length))
 
     def trim(self, length: int, offset: int) -> None:
         """Give up the range: it reads as zeroes from then on; whole blocks of it take no space any more.
@@ -137,9 +147,7 @@ class Disk:
         """
         self._check(offset, length, errno.EINVAL)
         if length:
-            with self.gate.passing():
-                self._open()
-                self.overlay.zero(offset, length)
+            self._pass(lambda: self.overlay.zero(offset, length))
 
     def cache(self, length: int, offset: int) -> None:
         """Have the range at hand: copied into the overlay with ``cow_on_cache``, otherwise read ahead.
@@ -149,9 +157,7 @@ class Disk:
         """
         self._check(offset, length, errno.EINVAL)
         if length:
-            with self.gate.passing():
-                self._open()
-                self.overlay.cache(offset, length)
+            self._pass(lambda: self.overlay.cache(offset, length))
 
     def flush(self) -> None:
         """Nothing is left to do: what was acknowledged is in the overlay, which lives as long as the disk does."""
@@ -163,9 +169,39 @@ class Disk:
                 f"{length} bytes at offset {offset} are not within the disk, which has {self.size} bytes", errno=code
             )
 
+    @property
+    def foreign(self) -> bool:
+        """Whether this process was forked from the one that the disk belongs to."""
+        return os.getpid() != self._owner
+
     def _open(self) -> None:
         if self.closed:
             raise DiskClosedError("the disk is closed")
+        if os.getpid() != self._owner:
+            raise DiskClosedError(
+                f"the disk belongs to process {self._owner}, which this one was forked from: make a disk of its own here"
+            )
+
+    def _pass(self, work: Callable[[], T]) -> T:
+        """Carry out ``work`` inside a pass of the gate."""
+        self._open()
+        borrowed = self.gate.borrow()
+        try:
+            with borrowed.lock:
+                self._open()
+                return work()
+        finally:
+            self.gate.give_back(borrowed)
+
+    def _shut(self, work: Callable[[], T]) -> T:
+        """Carry out ``work`` with the gate shut."""
+        self._open()
+
+        def checked() -> T:
+            self._open()
+            return work()
+
+        return self.gate.shut(checked)
 
     # Checkpoints
 
@@ -180,12 +216,14 @@ class Disk:
         :param name: for :meth:`rollback` and for people; ``checkpoint-1`` and so on, unless given.
         :raises CheckpointError: a checkpoint of that name exists.
         """
-        with self.gate.shut():
-            self._open()
-            point = Checkpoint(self._free_name(name), self.overlay.map.freeze(), len(self.overlay.stack))
-            self._checkpoints.append(point)
-            self.overlay.seal()
-            return point
+        return self._shut(lambda: self._checkpoint(name))
+
+    def _checkpoint(self, name: str | None) -> Checkpoint:
+        free = self._free_name(name)
+        depth = self.overlay.seal()
+        point = Checkpoint(free, self.overlay.map.freeze(), depth)
+        self._checkpoints.append(point)
+        return point
 
     def _free_name(self, name: str | None) -> str:
         taken = {point.name for point in self._checkpoints}
@@ -220,42 +258,43 @@ class Disk:
 
         :raises CheckpointError: the disk has no such checkpoint, or was rolled back past it.
         """
-        with self.gate.shut():
-            self._open()
-            found = self.find_checkpoint(point)
-            del self._checkpoints[self._checkpoints.index(found) + 1 :]
-            self._forget_views_above(found._depth)
-            self.overlay.map.restore(found._map)
-            dropped = self.overlay.drop_layers(found._depth)
-        self.overlay.put_away(dropped)
+        self.overlay.put_away(self._shut(lambda: self._rollback(point)))
+
+    def _rollback(self, point: Checkpoint | str) -> list[Layer]:
+        found = self.find_checkpoint(point)
+        del self._checkpoints[self._checkpoints.index(found) + 1 :]
+        self._forget_views_above(found._depth)
+        self.overlay.map.restore(found._map)
+        return self.overlay.drop_layers(found._depth)
 
     def reset(self) -> None:
         """Be as the base is; all checkpoints are gone."""
-        with self.gate.shut():
-            self._open()
-            self._checkpoints.clear()
-            self._forget_views_above(0)
-            self.overlay.map.restore(OwnerMap(self.overlay.map.blocks))
-            dropped = self.overlay.drop_layers(0)
-        self.overlay.put_away(dropped)
+        self.overlay.put_away(self._shut(self._reset))
+
+    def _reset(self) -> list[Layer]:
+        self._checkpoints.clear()
+        self._forget_views_above(0)
+        self.overlay.map.restore(OwnerMap(self.overlay.map.blocks))
+        return self.overlay.drop_layers(0)
 
     def freeze(self) -> FrozenView:
         """A read-only view of this moment; the disk goes on. Close it when done."""
-        with self.gate.shut():
-            self._open()
-            overlay = self.overlay
-            view = FrozenView(
-                overlay.map.freeze(),
-                base=self.base,
-                size=self.size,
-                block_size=self.block_size,
-                sources=list(overlay.sources),
-                layers=list(overlay.layers.values()),
-                on_close=self._view_closed,
-            )
-            self._views[view] = len(overlay.stack)
-            overlay.seal()
-            return view
+        return self._shut(self._freeze)
+
+    def _freeze(self) -> FrozenView:
+        overlay = self.overlay
+        depth = overlay.seal()
+        view = FrozenView(
+            overlay.map.freeze(),
+            base=self.base,
+            size=self.size,
+            block_size=self.block_size,
+            sources=list(overlay.sources),
+            layers=list(overlay.layers.values()),
+            on_close=self._view_closed,
+        )
+        self._views[view] = depth
+        return view
 
     def _forget_views_above(self, depth: int) -> None:
         """Views that need layers which the disk drops: they hold them by themselves and are no concern of ours any more."""
@@ -264,15 +303,19 @@ class Disk:
     def _view_closed(self, view: FrozenView) -> None:
         # What was written while the view was open lies in a layer of its own. Bring the two together again, in steps
         # that each hold up the clients for a few milliseconds, so that a thousand diffs do not make a thousand layers.
+        if self.foreign:
+            return
         for attempt in range(_MERGE_ROUNDS):
-            with self.gate.shut():
-                self._views.pop(view, None)
-                if self.closed:
-                    return
-                depth = max([*(point._depth for point in self._checkpoints), *self._views.values(), 0])
-                most = _MERGE_PIECE if attempt < _MERGE_ROUNDS - 1 else self.size + self.block_size
-                if self.overlay.merge(depth, most):
-                    return
+            most = _MERGE_PIECE if attempt < _MERGE_ROUNDS - 1 else self.size + self.block_size
+            if self.gate.shut(lambda most=most: self._merge(view, most)):  # type: ignore[misc]
+                return
+
+    def _merge(self, view: FrozenView, most: int) -> bool:
+        self._views.pop(view, None)
+        if self.closed:
+            return True
+        depth = max([*(point._depth for point in self._checkpoints), *self._views.values(), 0])
+        return self.overlay.merge(depth, most)
 
     # What changed
 
@@ -295,10 +338,12 @@ class Disk:
         self._check(offset, length, errno.EINVAL)
         if not length:
             return iter(())
-        with self.gate.passing():
-            self._open()
+
+        def look() -> list[Extent]:
             point = None if since is None else self.find_checkpoint(since)
-            return iter(list(self.dirty_in_pass(offset, offset + length, point)))
+            return list(self.dirty_in_pass(offset, offset + length, point))
+
+        return iter(self._pass(look))
 
     def dirty_in_pass(self, offset: int, end: int, since: Checkpoint | None) -> Iterator[Extent]:
         """What :meth:`dirty_extents` tells, for who is inside a pass of the gate already; ``end`` is over ``offset``."""
@@ -316,27 +361,41 @@ class Disk:
         self._check(offset, length, errno.EINVAL)
         if not length:
             return iter(())
-        with self.gate.passing():
-            self._open()
-            return iter(list(self.overlay.allocation(offset, offset + length)))
+        return iter(self._pass(lambda: list(self.overlay.allocation(offset, offset + length))))
 
     def close(self) -> None:
         """Throw away what was written and let go of the base; may be called again.
 
         :raises BaseChangedError: the base is not what it was at opening. The disk is closed all the same.
         """
-        with self.gate.shut():
-            if self.closed:
-                return
-            self.closed = True
-            self._checkpoints.clear()
-            self._views.clear()
-            dropped = self.overlay.drop_layers(0)
-            self.overlay.views.clear()  # the base's mapping has a descriptor of its own
+        if self.foreign:
+            self._forget()
+            return
+        dropped = self.gate.shut(self._close)
+        if dropped is None:
+            return
         for layer in dropped:
             layer.release()
-        self.overlay.release_spare()
         try:
             self.base.verify()
         finally:
             self.base.release()
+
+    def _close(self) -> list[Layer] | None:
+        if self.closed:
+            return None
+        self.closed = True
+        self._checkpoints.clear()
+        self._views.clear()
+        return self.overlay.close()
+
+    def _forget(self) -> None:
+        """In a forked child: let go of its copies of the descriptors. No lock is taken, since a thread that the child does not
+        have may have held it.
+        """
+        self.closed = True
+        self._checkpoints.clear()
+        self._views.clear()
+        self.overlay.layers.clear()
+        self.overlay.sources.clear()
+        self.overlay.views.clear()

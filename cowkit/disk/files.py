@@ -66,3 +66,18 @@ def data_and_holes(fd: int, offset: int, end: int) -> Iterator[Extent]:
         hole = min(os.lseek(fd, data, os.SEEK_HOLE), end)
         yield Extent(data, hole - data, Kind.DATA)
         offset = hole
+
+
+def on_tmpfs(fd: int) -> bool:
+    """Whether the file lies on a tmpfs (proc(5): fields 3 and, behind the dash, 1 of ``mountinfo``)."""
+    device = os.fstat(fd).st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
+            for line in mounts:
+                before, _, behind = line.partition(" - ")
+                if before.split(" ", 3)[2] == wanted:
+                    return behind.split(" ", 1)[0] == "tmpfs"
+    except OSError:
+        pass
+    return False

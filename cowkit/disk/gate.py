@@ -1,45 +1,52 @@
 """A gate that many go through at once, or one holds shut.
 
 Every request is carried out inside a *pass*. Taking a checkpoint, rolling back and freezing need a moment with no request
-under way: they *close* the gate. A pass is a lock of its own for each connection, so that going through costs one
-uncontended lock and nothing is shared between connections; closing takes all the passes' locks. (With one shared counter
+under way: they *shut* the gate. A pass is a lock of its own for each connection, so that going through costs one
+uncontended lock and nothing is shared between connections; shutting takes all the passes' locks. (With one shared counter
 instead, four connections queue for its mutex, and one that loses the interpreter while holding it stops the others for a
 whole switch interval.)
 
-Whoever is inside a pass must not close the gate: it would wait for itself.
+What holds: an exception that comes from outside at any moment, as ctrl-C and the signal of a time limit do in the main
+thread, leaves no lock taken. ``with lock:`` on a lock itself is safe, since the interpreter looks for signals neither
+between taking the lock and entering the block nor between leaving and releasing it; any Python code in between is not, and
+that goes for events, conditions and context managers written in Python. So whoever may be interrupted goes through by
+:meth:`Gate.borrow` and ``with pass_.lock:``, and :meth:`Gate.shut` releases what it finds that it holds, rather than what it
+remembers to have taken.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import TracebackType
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class Pass:
-    """One way through the gate, for one thread at a time: ``with pass_: ...``. Not reentrant."""
+    """One way through the gate, for one thread at a time: ``with pass_: ...`` in a thread that no signal interrupts."""
 
-    __slots__ = ("_gate", "_lock")
+    __slots__ = ("_gate", "lock")
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
-        self._lock = threading.Lock()
+        # An RLock can tell whether this thread holds it. It is no license to go through twice.
+        self.lock: Any = threading.RLock()
 
     def __enter__(self) -> None:
-        # Looking before and after taking the lock keeps a busy connection from starving whoever closes the gate.
+        # Looking before and after taking the lock keeps a busy connection from starving whoever shuts the gate.
         while True:
-            if self._gate.closed:
-                self._gate.opened.wait()
-            self._lock.acquire()
+            self._gate.wait_until_open()
+            self.lock.acquire()
             if not self._gate.closed:
                 return
-            self._lock.release()
+            self.lock.release()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._lock.release()
+        self.lock.release()
 
 
 class Gate:
@@ -47,51 +54,59 @@ class Gate:
 
     def __init__(self) -> None:
         self.closed = False
-        self.opened = threading.Event()
-        self.opened.set()
-        self._closing = threading.Lock()
+        self._shutting = threading.Lock()
         self._passes: list[Pass] = []
         self._spare: list[Pass] = []
+
+    def wait_until_open(self) -> None:
+        """Wait while somebody shuts the gate or holds it shut."""
+        if self.closed:
+            with self._shutting:
+                pass
 
     def new_pass(self) -> Pass:
         """A pass for one connection's use; give it back with :meth:`discard`."""
         new = Pass(self)
-        with self._closing:
+        with self._shutting:
             self._passes.append(new)
         return new
 
     def discard(self, old: Pass) -> None:
         """Forget a pass that nobody uses any more."""
-        with self._closing:
+        with self._shutting:
             self._passes.remove(old)
 
-    @contextmanager
-    def passing(self) -> Iterator[None]:
-        """Go through once, on a pass from the gate's own stock; any number of threads may at once."""
-        try:
-            own = self._spare.pop()
-        except IndexError:
-            own = self.new_pass()
-        try:
-            with own:
-                yield
-        finally:
-            self._spare.append(own)
+    def borrow(self) -> Pass:
+        """A pass from the gate's own stock, for ``with pass_.lock:``; any number of threads may. :meth:`give_back` it.
 
-    @contextmanager
-    def shut(self) -> Iterator[None]:
-        """Wait until nobody is inside, and keep everybody out meanwhile."""
-        with self._closing:
-            self.opened.clear()
-            self.closed = True
-            held: list[Pass] = []
+        One that an interrupt keeps from being given back is lost to the stock, and otherwise in nobody's way.
+        """
+        self.wait_until_open()
+        try:
+            return self._spare.pop()
+        except IndexError:
+            return self.new_pass()
+
+    def give_back(self, borrowed: Pass) -> None:
+        """End of :meth:`borrow`."""
+        self._spare.append(borrowed)
+
+    def shut(self, work: Callable[[], T]) -> T:
+        """Carry out ``work`` while nobody is inside, and keep everybody out meanwhile."""
+        with self._shutting:
             try:
+                self.closed = True
                 for each in self._passes:
-                    each._lock.acquire()
-                    held.append(each)
-                yield
+                    each.lock.acquire()
+                return work()
             finally:
-                self.closed = False
-                for each in held:
-                    each._lock.release()
-                self.opened.set()
+                try:
+                    self._open()
+                finally:  # an interrupt may have stopped that
+                    self._open()
+
+    def _open(self) -> None:
+        self.closed = False
+        for each in self._passes:
+            if each.lock._is_owned():
+                each.lock.release()

@@ -27,8 +27,12 @@ class Layer(Counted):
     :raises OverlayError: it cannot be made there.
     """
 
+    fd = -1
+    _view: memoryview | None = None
+
     def __init__(self, size: int, directory: str) -> None:
         super().__init__()
+        self._unmapped = True
         self.size = size
         self.directory = directory
         try:
@@ -44,7 +48,6 @@ class Layer(Counted):
         except OSError:
             # Some file systems hold no file as large as the disk (ext4: 16 TiB). Blocks near the beginning still fit.
             self._sized = False
-        self._view: memoryview | None = None
 
     @property
     def view(self) -> memoryview | None:
@@ -108,9 +111,28 @@ class Layer(Counted):
         """The bytes of storage that the file takes, as the file system accounts them."""
         return os.fstat(self.fd).st_blocks * 512
 
+    def unmap(self) -> bool:
+        """Let go of the mapping; False while somebody still has a view of it, such as a reply that is not sent yet."""
+        view, self._view = self._view, None
+        if view is None:
+            return self._unmapped
+        mapping = view.obj
+        view.release()
+        try:
+            mapping.close()  # type: ignore[attr-defined]
+        except BufferError:
+            self._unmapped = False
+        return self._unmapped
+
     def _close(self) -> None:
         self._view = None
-        os.close(self.fd)
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __del__(self) -> None:
+        # For what an interrupt or a fork kept from being released.
+        self._close()
 
 
 def _unnamed_file(directory: str) -> int:

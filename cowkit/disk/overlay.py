@@ -18,8 +18,9 @@ and the set of layers do not change under it. Requests on different connections 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TypeVar
 
 from cowkit.disk.base import Base, ZeroBase
 from cowkit.disk.extent import Extent, Kind, merged
@@ -27,6 +28,10 @@ from cowkit.disk.layer import Layer
 from cowkit.disk.owner_map import BASE, CHUNK_MASK, CHUNK_SHIFT, FIRST_LAYER, LAST_LAYER, NO_LAYER, ZERO, OwnerMap, Run
 from cowkit.disk.source import PaddedSource, Source, ZeroSource
 from cowkit.errors import CheckpointError, DiskError, OverlayFullError
+
+T = TypeVar("T")
+
+MOST_LAYERS = LAST_LAYER + 1 - FIRST_LAYER
 
 _LARGEST_SPARE = 256 << 20
 _STRIPES = 32
@@ -64,10 +69,13 @@ class Overlay:
         self.views: list[memoryview | None] = [None] * 256
         """The mappings that system calls may read, by owner, as far as they were needed so far."""
         self._look_from = _WORTH_A_LOOK if base.sparse else size + 1
+        self.failure: DiskError | None = None
+        """Why the last request failed that found no room, or a broken overlay: NBD has but a number for its client."""
         self._stripes = [threading.Lock() for _ in range(_STRIPES)]
         self._growing = threading.Lock()
         self._spare: Layer | None = None
         self._recycled = False
+        self._closed = False
 
     # Reading
 
@@ -158,14 +166,20 @@ class Overlay:
             if self.map.chunks[first >> CHUNK_SHIFT].count(self.top, start, start + count) == count:
                 self.layers[self.top].write([data], offset)
                 return
+        self._change(first, last, lambda: self._write_claimed([(data, offset)]))
+
+    def _change(self, first: int, last: int, work: Callable[[], None]) -> None:
+        """Claim the blocks and carry out ``work``, which has changed nothing where it finds no room."""
         try:
-            with self._claim(first, last):
-                self._write_claimed([(data, offset)])
-        except OverlayFullError:
-            if not self._reclaim():
-                raise
-            with self._claim(first, last):
-                self._write_claimed([(data, offset)])
+            try:
+                self._claim(first, last, work)
+            except OverlayFullError:
+                if not self._reclaim():
+                    raise
+                self._claim(first, last, work)
+        except DiskError as error:
+            self.failure = error
+            raise
 
     def _write_claimed(self, writes: list[tuple[memoryview, int]]) -> None:
         """Write them all, or none where there is no room; their blocks are claimed, and no two share one."""
@@ -211,14 +225,7 @@ class Overlay:
             parts = [(offset, end)]
         else:
             parts = [(offset, min(whole_first << self.shift, end)), (max(whole_last << self.shift, offset), end)]
-        try:
-            with self._claim(first, last):
-                self._zero_claimed(parts, whole_first, whole_last)
-        except OverlayFullError:
-            if not self._reclaim():
-                raise
-            with self._claim(first, last):
-                self._zero_claimed(parts, whole_first, whole_last)
+        self._change(first, last, lambda: self._zero_claimed(parts, whole_first, whole_last))
 
     def _zero_claimed(self, parts: list[tuple[int, int]], whole_first: int, whole_last: int) -> None:
         writes = [(memoryview(bytes(stop - start)), start) for start, stop in parts if self._needs_zeroes(start, stop)]
@@ -269,33 +276,37 @@ class Overlay:
             return
         step = max(1, _COPY_PIECE >> self.shift)
         for piece in range(first, last, step):
-            with self._claim(piece, min(piece + step, last)):
-                for run_first, run_last, owner in list(self.map.runs(piece, min(piece + step, last))):
-                    if owner == BASE:
-                        start, stop = run_first << self.shift, min(run_last << self.shift, self.size)
-                        self._top_layer().write(self._old_bytes(start, stop), start)
-                        self.map.set(run_first, run_last, self.top)
+            stop = min(piece + step, last)
+            self._change(piece, stop, partial(self._copy_up_claimed, piece, stop))
+
+    def _copy_up_claimed(self, first: int, last: int) -> None:
+        for run_first, run_last, owner in list(self.map.runs(first, last)):
+            if owner == BASE:
+                start, stop = run_first << self.shift, min(run_last << self.shift, self.size)
+                self._top_layer().write(self._old_bytes(start, stop), start)
+                self.map.set(run_first, run_last, self.top)
 
     # Stripes and layers
 
-    @contextmanager
-    def _claim(self, first: int, last: int) -> Iterator[None]:
-        """Keep everybody else from changing the owners of the blocks ``first`` up to ``last``."""
+    def _claim(self, first: int, last: int, work: Callable[[], T]) -> T:
+        """Carry out ``work`` while nobody else changes the owners of the blocks ``first`` up to ``last``.
+
+        Each lock is taken by a ``with`` of its own, which an interrupt cannot part from the release (see gate.py).
+        """
         low, high = first >> _REGION_SHIFT, (last - 1) >> _REGION_SHIFT
         if low == high:
             with self._stripes[low % _STRIPES]:
-                yield
-            return
-        wanted = range(_STRIPES) if high - low >= _STRIPES - 1 else sorted({i % _STRIPES for i in range(low, high + 1)})
-        held: list[threading.Lock] = []
-        try:
-            for index in wanted:  # always upwards, so that two claims cannot wait for each other
-                self._stripes[index].acquire()
-                held.append(self._stripes[index])
-            yield
-        finally:
-            for lock in held:
-                lock.release()
+                return work()
+        # Always upwards, so that two claims cannot wait for each other.
+        everything = high - low >= _STRIPES - 1
+        wanted = range(_STRIPES) if everything else sorted({i % _STRIPES for i in range(low, high + 1)})
+        return self._claim_all(list(wanted), 0, work)
+
+    def _claim_all(self, wanted: list[int], index: int, work: Callable[[], T]) -> T:
+        if index == len(wanted):
+            return work()
+        with self._stripes[wanted[index]]:
+            return self._claim_all(wanted, index + 1, work)
 
     def _top_layer(self) -> Layer:
         if self.top == NO_LAYER:
@@ -305,24 +316,33 @@ class Overlay:
         return self.layers[self.top]
 
     def _push_layer(self) -> None:
-        number = next((n for n in range(FIRST_LAYER, LAST_LAYER + 1) if n not in self.layers), None)
-        if number is None:
-            limit = LAST_LAYER + 1 - FIRST_LAYER
-            raise CheckpointError(
-                f"the disk has {limit} layers, the most it can have: roll back to an earlier checkpoint, or reset it"
-            )
+        number = next(n for n in range(FIRST_LAYER, LAST_LAYER + 1) if n not in self.layers)
         self._recycled = self._spare is not None
         layer, self._spare = self._spare or Layer(self.size, self.directory), None
         self.layers[number] = self.sources[number] = layer
-        # In this order, for who looks without a lock: with the layer, but not as the top, it would count one too many.
+        # In this order, for who looks without a lock (block_status.py), and see _repair.
         self.top = number
         self.stack.append(number)
 
     # What follows is called with the gate shut.
 
-    def seal(self) -> None:
-        """Freeze the top layer: what is written next goes to a new one."""
+    def _repair(self) -> None:
+        """End what an interrupt may have stopped in the middle: a new layer that is the top, and not on the stack yet."""
+        if self.top != NO_LAYER and self.top not in self.stack:
+            self.stack.append(self.top)
+
+    def seal(self) -> int:
+        """Freeze the top layer: what is written next goes to a new one. Returns how many layers there are now.
+
+        :raises CheckpointError: there could be no new one; nothing has changed.
+        """
+        self._repair()
+        if len(self.layers) >= MOST_LAYERS:
+            raise CheckpointError(
+                f"the disk has {MOST_LAYERS} layers, the most it can have: roll back to an earlier checkpoint, or reset it"
+            )
         self.top = NO_LAYER
+        return len(self.stack)
 
     def unseal(self, depth: int) -> None:
         """The oldest ``depth`` layers are still needed as they are; if there is just one more, it may be written again."""
@@ -334,10 +354,11 @@ class Overlay:
 
         The caller releases them when the gate is open again: closing a large file takes its time.
         """
-        dropped = [self._drop(number) for number in self.stack[depth:]]
-        del self.stack[depth:]
+        self._repair()
         self.top = NO_LAYER
-        return dropped
+        del self.stack[depth:]
+        # Not what the stack has just lost, but what it has not: an interrupt may have parted the two.
+        return [self._drop(number) for number in list(self.layers) if number not in self.stack]
 
     def put_away(self, layers: list[Layer]) -> None:
         """Release dropped layers, but keep a small one for the next time a layer is needed.
@@ -346,28 +367,42 @@ class Overlay:
         that is there already is quicker than to new space. What the file holds does no harm: no block is owned by it.
         """
         for layer in layers:
-            if self._spare is None and layer.unshared and layer.space() <= _LARGEST_SPARE:
-                self._spare = layer
-            else:
-                layer.release()
+            fit = layer.unshared and layer.space() <= _LARGEST_SPARE and layer.unmap()
+            with self._growing:
+                if fit and self._spare is None and not self._closed:
+                    self._spare = layer
+                    continue
+            layer.release()
 
-    def release_spare(self) -> None:
-        """Give back the space of the layer that is kept for later."""
-        spare, self._spare = self._spare, None
+    def _release_spare(self) -> None:
+        with self._growing:
+            spare, self._spare = self._spare, None
         if spare is not None:
             spare.release()
 
+    def close(self) -> list[Layer]:
+        """Let go of everything; the caller releases the layers that come back. With the gate shut."""
+        with self._growing:
+            self._closed = True
+        self._release_spare()
+        dropped = self.drop_layers(0)
+        self.views.clear()  # the base's mapping has a descriptor of its own
+        return dropped
+
     def _reclaim(self) -> bool:
         """There is no room: give back what is kept of dropped layers. Whether there was anything."""
-        with self._claim(0, self.map.blocks):  # nobody is just filling blocks that have no owner yet
+
+        def give_back() -> bool:
             found = self._spare is not None or self._recycled
-            self.release_spare()
+            self._release_spare()
             if self._recycled and self.top != NO_LAYER:
                 for first, last, owner in self.map.runs(0, self.map.blocks):
                     if owner != self.top:
                         self.layers[self.top].punch(first << self.shift, (last - first) << self.shift)
             self._recycled = False
-        return found
+            return found
+
+        return self._claim(0, self.map.blocks, give_back)  # nobody is just filling blocks that have no owner yet
 
     def _drop(self, number: int) -> Layer:
         self.sources[number] = self.views[number] = None
@@ -378,6 +413,7 @@ class Overlay:
 
         Of the two newest the smaller moves into the larger. Without room for that, they stay two.
         """
+        self._repair()
         if len(self.stack) < depth + 2:
             self.unseal(depth)
             return True

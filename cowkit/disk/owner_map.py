@@ -191,17 +191,17 @@ class OwnerMap(FrozenMap):
             index += 1
         whole = last >> CHUNK_SHIFT
         with self._lock:
-            self.chunks[index:whole] = [_uniform(owner, CHUNK_BLOCKS)] * (whole - index)
             self._private.difference_update([i for i in self._private if index <= i < whole])
+            self.chunks[index:whole] = [_uniform(owner, CHUNK_BLOCKS)] * (whole - index)
         if last & CHUNK_MASK:
             self._set_in_chunk(whole, 0, last & CHUNK_MASK, owner)
 
     def _set_in_chunk(self, index: int, start: int, stop: int, owner: int) -> None:
         chunk = self.chunks[index]
         if stop - start == len(chunk):
-            with self._lock:
-                self.chunks[index] = _uniform(owner, stop)
+            with self._lock:  # no longer private first: an interrupt in between costs a copy and nothing else
                 self._private.discard(index)
+                self.chunks[index] = _uniform(owner, stop)
             return
         if index not in self._private:
             if type(chunk) is bytes and chunk[0] == owner:

@@ -34,7 +34,8 @@ def parse_size(size: int | str, *, what: str = "size") -> int:
     if rest:
         raise UsageError(f"{what} {size!r} is no whole number of bytes")
     if not 0 <= number <= LARGEST_DISK:
-        raise UsageError(f"{what} {size!r} is out of range: 0 to {LARGEST_DISK} bytes (2**63 - 1)")
+        shown = repr(size) if isinstance(size, str) or abs(size) < 2**128 else "of so many digits"
+        raise UsageError(f"{what} {shown} is out of range: 0 to {LARGEST_DISK} bytes (2**63 - 1)")
     return number
 
 

@@ -1,17 +1,22 @@
-"""Sockets to listen on: Unix sockets and TCP, bound so that a client can connect when the call returns."""
+"""Sockets to listen on: Unix sockets, TCP and vsock, bound so that a client can connect when the call returns."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import socket
 import stat
+import struct
 from urllib.parse import quote
 
 from cowkit.errors import ListenError
 from cowkit.server.runtime import SOCKET_PATH_LIMIT
 
 BACKLOG = 128
+
+_ANY_VSOCK = 0xFFFFFFFF  # VMADDR_PORT_ANY
+_IOCTL_VM_SOCKETS_GET_LOCAL_CID = 0x7B9
 
 
 def check_socket_path(path: str) -> None:
@@ -110,11 +115,50 @@ def _host_and_port(address: str) -> tuple[str, int]:
     return host or "127.0.0.1", int(port)
 
 
-def uri_of(sock: socket.socket, export_name: str) -> str:
-    """The NBD URI of a listening socket (NBD's ``doc/uri.md``)."""
+def listen_vsock(port: int) -> socket.socket:
+    """A listening vsock socket, for the guests of this machine or the host of this guest; port 0 takes any free one.
+
+    :raises ListenError: the port makes no sense or cannot be had, or the system has no vsock.
+    """
+    if not 0 <= port < _ANY_VSOCK:
+        raise ListenError(f"{port} is no vsock port: that is a number from 0 to {_ANY_VSOCK - 1}")
+    if not hasattr(socket, "AF_VSOCK"):
+        raise ListenError(f"cannot listen on vsock port {port}: this Python knows no vsock")
+    try:
+        sock = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+    except OSError as error:
+        raise ListenError(
+            f"cannot listen on vsock port {port}: this kernel has no vsock ({error.strerror}); modprobe vsock may bring it"
+        ) from error
+    try:
+        sock.bind((socket.VMADDR_CID_ANY, port or _ANY_VSOCK))
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise ListenError(f"cannot listen on vsock port {port}: {error.strerror}") from error
+    return sock
+
+
+def _vsock_cid() -> int:
+    """This machine's own number: guests reach the host as 2, which it says of itself, too."""
+    try:
+        with open("/dev/vsock", "rb") as device:
+            return int(struct.unpack("=I", fcntl.ioctl(device, _IOCTL_VM_SOCKETS_GET_LOCAL_CID, bytes(4)))[0])
+    except OSError:
+        return socket.VMADDR_CID_HOST
+
+
+def uri_of(sock: socket.socket, export_name: str, *, tls: bool = False) -> str | None:
+    """The NBD URI of a listening socket (NBD's ``doc/uri.md``); None for a Unix socket that is no file."""
+    scheme = "nbds" if tls else "nbd"
     name = quote(export_name, safe="/")
     if sock.family == socket.AF_UNIX:
-        return f"nbd+unix:///{name}?socket={quote(os.fsencode(sock.getsockname()), safe='/')}"
+        path = os.fsencode(sock.getsockname())
+        if not path or path.startswith(b"\0"):
+            return None
+        return f"{scheme}+unix:///{name}?socket={quote(os.path.abspath(path), safe='/')}"
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return f"{scheme}+vsock://{_vsock_cid()}:{sock.getsockname()[1]}/{name}"
     host, port = sock.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
-    return f"nbd://{shown}:{port}/{name}" if name else f"nbd://{shown}:{port}"
+    shown = f"[{quote(host, safe=':')}]" if ":" in host else host
+    return f"{scheme}://{shown}:{port}/{name}" if name else f"{scheme}://{shown}:{port}"

@@ -47,7 +47,7 @@ def test_nothing_to_control_is_said(cowkit: Run) -> None:
 
 
 def test_what_is_served_is_listed(base: Path, tmp_path: Path, serve: Serve, cowkit: Run) -> None:
-    assert cowkit("ls").stdout.split() == ["NAME", "PID", "SIZE", "WRITTEN", "CLIENTS", "FOR", "BASE", "URI"]
+    assert cowkit("ls").stdout.split() == ["NAME", "PID", "SIZE", "DIRTY", "CLIENTS", "FOR", "BASE", "URI"]
     assert json.loads(cowkit("ls", "--json").stdout) == []
     servers = [serve(base), serve("--size", "1G", "--name", "[b]spare[/b]")]
     write(servers[0].uri, b"x", 0)
@@ -57,7 +57,7 @@ def test_what_is_served_is_listed(base: Path, tmp_path: Path, serve: Serve, cowk
     assert second[0] == "[b]spare[/b]"
     assert second[-2:] == ["-", servers[1].uri]
     one, two = json.loads(cowkit("ls", "--json").stdout)
-    assert (one["pid"], one["dirty-bytes"], one["checkpoints"], one["base"]) == (servers[0].pid, 4096, [], str(base))
+    assert (one["pid"], one["dirty_bytes"], one["checkpoints"], one["base"]) == (servers[0].pid, 4096, [], str(base))
     assert (two["size"], two["base"], two["identity"]) == (1 << 30, None, None)
 
 

@@ -1,0 +1,88 @@
+"""An image of another format than raw as a base: read by a qemu-nbd of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cowkit.bases.chain import Chain
+from cowkit.bases.nbd_base import ClientBase
+from cowkit.bases.nbd_client import MOST_CONNECTIONS, NbdClient, import_nbd
+from cowkit.bases.qemu_nbd import QemuNbd
+from cowkit.disk.base import FileBase
+from cowkit.errors import BaseError, BaseOpenError
+
+
+class ImageBase(ClientBase):
+    """The disk in the image ``file``, with its backing files, if it names some.
+
+    :param file: the image file; the base holds it and lets go of it when it is closed, if it could be opened.
+    :param format: QEMU's name of the format.
+    :raises BaseOpenError: QEMU cannot open it, a backing file is missing, or a backing file's format is in doubt.
+    :raises MissingToolError: qemu-img, qemu-nbd, setpriv or libnbd's Python binding is not installed.
+    """
+
+    def __init__(self, file: FileBase, format: str) -> None:
+        import_nbd(f"opening the image {file.given}")
+        self._chain = Chain(file, format)
+        try:
+            options = ",".join(self._chain.options)
+            self._server = QemuNbd(file.given, ["--image-opts", options], MOST_CONNECTIONS)
+            try:
+                super().__init__(self._connected(file.given))
+            except BaseException:
+                self._server.stop()
+                raise
+        except BaseException:
+            self._chain.release()
+            raise
+        self._file = file
+        self.given = file.given
+        self.path = file.path
+        self.identity = file.identity
+        self.backing_format = format
+
+    def _connected(self, given: str) -> NbdClient:
+        def connect(handle: Any) -> None:
+            handle.aio_connect_socket(self._server.sockets.pop().detach())
+
+        try:
+            client = NbdClient(given, connect, eager=True)
+        except BaseOpenError as error:
+            raise BaseOpenError(f"cannot open base {given}: {self._server.last_words() or error}") from error
+        for spare in self._server.sockets:
+            spare.close()
+        return client
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` from ``offset`` on.
+
+        :raises BaseChangedError: the image was written to meanwhile, and that was the end of it.
+        :raises BaseError: the image is damaged, or its qemu-nbd has gone.
+        """
+        try:
+            super().read_into(buffer, offset)
+        except BaseError:
+            self.verify()
+            raise
+
+    def verify(self) -> None:
+        """See :meth:`cowkit.disk.base.FileBase.verify`: the image and each local file behind it are compared.
+
+        :raises BaseChangedError: one of them is not what it was.
+        """
+        for file in (self._file, *self._chain.files):
+            file.verify()
+
+    def verify_path(self) -> None:
+        """See :meth:`cowkit.disk.base.FileBase.verify_path`, for the image and each local file behind it.
+
+        :raises BaseChangedError: one of them is not what it was.
+        """
+        for file in (self._file, *self._chain.files):
+            file.verify_path()
+
+    def _close(self) -> None:
+        super()._close()
+        self._server.stop()
+        self._chain.release()
+        self._file.release()

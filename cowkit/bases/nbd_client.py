@@ -1,0 +1,250 @@
+"""Reading an NBD export through libnbd: several connections, and a memory for what its block status said.
+
+Written for bases: nothing is ever written, the export never changes, and a connection that is lost is not made again.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+from cowkit.disk.extent import Extent, Kind, merged
+from cowkit.errors import BaseError, BaseOpenError, MissingToolError
+
+MOST_CONNECTIONS = 4
+CONNECT_SECONDS = 30.0
+
+_LARGEST_READ = 32 << 20
+"""What servers that state no limit can be asked for (doc/proto.md, "Block size constraints")."""
+_STATUS_SPAN = 2 << 30
+"""The most to ask the block status of at once: below the 4 GiB that a request can name. Servers tell as much of it as they like."""
+_MOST_EXTENTS = 100_000
+"""What is remembered of the block status: about 20 MB. Then it is forgotten and asked for again."""
+_ZERO = 2
+"""NBD_STATE_ZERO of base:allocation: it reads as zeroes. A hole alone does not say what it reads as."""
+
+
+def import_nbd(purpose: str) -> ModuleType:
+    """libnbd's binding.
+
+    :raises MissingToolError: it is not installed (the package called "nbd" in the Python package index is another one).
+    """
+    try:
+        import nbd
+    except ImportError as error:
+        missing: ImportError | None = error
+    else:
+        if hasattr(nbd, "NBD"):
+            module: ModuleType = nbd
+            return module
+        missing = None
+    raise MissingToolError(
+        "libnbd's Python binding (`import nbd`)",
+        purpose=purpose,
+        remedy="apt install python3-libnbd, or dnf install python3-libnbd, in a virtual environment with --system-site-packages",
+    ) from missing
+
+
+class NbdClient:
+    """One export, read by several threads at once.
+
+    :param given: what to call it in messages.
+    :param connect: begins to connect a libnbd handle (one of its ``aio_connect`` methods).
+    :param eager: make all connections now, since ``connect`` cannot be called later.
+    :raises BaseOpenError: there is no server, or it refuses.
+    """
+
+    def __init__(self, given: str, connect: Callable[[Any], None], *, eager: bool = False) -> None:
+        self.given = given
+        self._nbd: Any = import_nbd(f"reading the base {given}")
+        self._connect = connect
+        self._changed = threading.Condition()
+        self._count = 1
+        first = self._connection()
+        self._idle = [first]
+        try:
+            self.size: int = first.get_size()
+            self.has_status: bool = first.can_meta_context(self._nbd.CONTEXT_BASE_ALLOCATION)
+            self.can_multi_conn: bool = first.can_multi_conn()
+            self._align = max(1, first.get_block_size(self._nbd.SIZE_MINIMUM))
+            largest = min(first.get_block_size(self._nbd.SIZE_MAXIMUM) or _LARGEST_READ, _LARGEST_READ)
+        except self._nbd.Error as error:
+            raise BaseOpenError(f"cannot open base {given}: {_reason(error)}") from error
+        self._largest = max(largest - largest % self._align, self._align)
+        self._most = MOST_CONNECTIONS if self.can_multi_conn else 1
+        self._starts: list[int] = []
+        self._known: list[Extent] = []
+        self._knowing = threading.Lock()
+        if eager:
+            while self._count < self._most:
+                self._idle.append(self._connection())
+                self._count += 1
+
+    def _connection(self) -> Any:
+        handle = self._nbd.NBD()
+        try:
+            handle.add_meta_context(self._nbd.CONTEXT_BASE_ALLOCATION)
+            self._connect(handle)
+            deadline = time.monotonic() + CONNECT_SECONDS
+            while handle.aio_is_connecting():
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise BaseOpenError(
+                        f"cannot open base {self.given}: the server does not answer within {CONNECT_SECONDS:g} seconds"
+                    )
+                handle.poll(int(left * 1000) + 1)
+        except self._nbd.Error as error:
+            raise BaseOpenError(f"cannot open base {self.given}: {_reason(error)}") from error
+        if not handle.aio_is_ready():
+            raise BaseOpenError(f"cannot open base {self.given}: the server ended the connection")
+        return handle
+
+    @contextmanager
+    def _borrowed(self) -> Iterator[Any]:
+        """A connection that nobody else uses meanwhile."""
+        handle = self._borrow()
+        try:
+            yield handle
+        finally:
+            with self._changed:
+                self._idle.append(handle)
+                self._changed.notify()
+
+    def _borrow(self) -> Any:
+        with self._changed:
+            while not self._idle:
+                if self._count < self._most:
+                    self._count += 1
+                    break
+                self._changed.wait()
+            else:
+                return self._idle.pop()
+        try:
+            return self._connection()
+        except BaseOpenError:
+            # The server takes no more, or has gone: the next request on the others will tell.
+            with self._changed:
+                self._count -= 1
+                self._most = self._count
+        return self._borrow()
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` from ``offset`` on, in requests as long as the server takes.
+
+        :raises BaseError: the server fails to read, or has gone.
+        """
+        end = offset + len(buffer)
+        with self._borrowed() as handle:
+            while buffer:
+                start = offset - offset % self._align
+                stop = min(-(-end // self._align) * self._align, self.size, start + self._largest)
+                try:
+                    data = handle.pread(stop - start, start)
+                except self._nbd.Error as error:
+                    raise self._failed(handle, offset, error) from error
+                length = min(stop, end) - offset
+                buffer[:length] = memoryview(data)[offset - start : offset - start + length]
+                buffer = buffer[length:]
+                offset += length
+
+    def _failed(self, handle: Any, offset: int, error: Exception) -> BaseError:
+        if handle.aio_is_ready():
+            return BaseError(f"cannot read base {self.given} at byte {offset}: {_reason(error)}")
+        return BaseError(
+            f"cannot read base {self.given} at byte {offset}: the NBD server behind it has gone, or broke the protocol"
+        )
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        """Where the export has data, and where it reads as zeroes (``HOLE``)."""
+        return merged(self._extents(offset, offset + length))
+
+    def _extents(self, offset: int, end: int) -> Iterator[Extent]:
+        if not self.has_status:
+            yield Extent(offset, end - offset, Kind.DATA)
+            return
+        while offset < end:
+            extent = self._extent_at(offset)
+            stop = min(extent.end, end)
+            yield Extent(offset, stop - offset, extent.kind)
+            offset = stop
+
+    def _extent_at(self, offset: int) -> Extent:
+        with self._knowing:
+            index = bisect_right(self._starts, offset)
+            if index and self._known[index - 1].end > offset:
+                return self._known[index - 1]
+            limit = self._starts[index] if index < len(self._starts) else self.size
+        found = self._ask(offset, limit)
+        with self._knowing:
+            if len(self._known) > _MOST_EXTENTS:
+                self._known.clear()
+                self._starts.clear()
+            # Another thread may have asked the same meanwhile: take what is still new.
+            index = bisect_right(self._starts, offset)
+            if not (index and self._known[index - 1].end > offset):
+                limit = self._starts[index] if index < len(self._starts) else self.size
+                fresh = [each for each in found if each.end <= limit]
+                self._known[index:index] = fresh
+                self._starts[index:index] = [each.offset for each in fresh]
+        return found[0]
+
+    def _ask(self, offset: int, limit: int) -> list[Extent]:
+        """The extents from ``offset`` on: as many as the server tells of at once, within ``limit``; at least one."""
+        start = offset - offset % self._align
+        stop = min(-(-limit // self._align) * self._align, self.size, start + max(_STATUS_SPAN, self._align))
+        runs: list[int] = []
+
+        def told(context: str, _offset: int, entries: list[int], _error: object) -> None:
+            if context == self._nbd.CONTEXT_BASE_ALLOCATION:
+                runs.extend(entries)
+
+        with self._borrowed() as handle:
+            try:
+                handle.block_status(stop - start, start, told)
+            except self._nbd.Error as error:
+                if not handle.aio_is_ready():
+                    raise self._failed(handle, offset, error) from error
+                runs.clear()
+        found: list[Extent] = []
+        for length, flags in zip(runs[::2], runs[1::2], strict=True):
+            first, last = max(start, offset), min(start + length, limit)
+            if first < last:
+                found.append(Extent(first, last - first, Kind.HOLE if flags & _ZERO else Kind.DATA))
+            start += length
+        # A server that cannot tell just now: data is always a safe answer.
+        return list(merged(found)) or [Extent(offset, min(stop, limit) - offset, Kind.DATA)]
+
+    def size_now(self) -> int:
+        """The export's size as a new connection is told it.
+
+        :raises BaseOpenError: there is none to be had any more.
+        """
+        handle = self._connection()
+        size: int = handle.get_size()
+        _end(handle, self._nbd.Error)
+        return size
+
+    def close(self) -> None:
+        """End the connections; nobody is reading any more."""
+        handles, self._idle = self._idle, []
+        for handle in handles:
+            _end(handle, self._nbd.Error)
+
+
+def _end(handle: Any, error: type[Exception]) -> None:
+    try:
+        handle.shutdown()
+    except error:
+        pass  # it has gone already; the handle is closed when the last reference to it goes
+
+
+def _reason(error: Any) -> str:
+    """What libnbd says, in one line, without the name of its function."""
+    text = " ".join(str(error.string or error).split())
+    head, colon, rest = text.partition(": ")
+    return rest if colon and head.startswith("nbd_") else text

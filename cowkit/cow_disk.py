@@ -258,15 +258,30 @@ class CowDisk:
         """
         from cowkit.diff import write_diff
 
-        self._open()
         base = self.engine.base
-        name = self._backing_file(path) if backing_file is None else backing_file
-        if name is not None and base.given is None:
-            raise UsageError(f"a blank disk has no base to be called {name!r}: its difference stands alone")
+        path, name = self._output(path, backing_file)
         # Where the base itself cannot be the backing file, what it holds has been put somewhere else as a raw image.
         backing_format = base.backing_format if base.backing_refusal is None else "raw"
         with self.engine.freeze() as view:
             return write_diff(view, path, backing_file=name, backing_format=backing_format, progress=progress)
+
+    def check_diff(self, path: str | os.PathLike[str], *, backing_file: str | None = None) -> None:
+        """Look whether :meth:`diff` could write there, before there is anything to lose.
+
+        :raises CowkitError: what :meth:`diff` would raise.
+        """
+        from cowkit.diff import check_output
+
+        path, _ = self._output(path, backing_file)
+        check_output(self.engine.base, path)
+
+    def _output(self, path: str | os.PathLike[str], backing_file: str | None) -> tuple[str, str | None]:
+        self._open()
+        path = os.fsdecode(path)
+        name = self._backing_file(path) if backing_file is None else backing_file
+        if name is not None and self.engine.base.given is None:
+            raise UsageError(f"a blank disk has no base to be called {name!r}: its difference stands alone")
+        return path, name
 
     def _backing_file(self, path: str | os.PathLike[str]) -> str | None:
         from cowkit.diff import backing_name
@@ -419,12 +434,12 @@ def _open(
     partition: int | None,
     tmpdir: str | os.PathLike[str] | None,
 ) -> Base:
+    start = parse_size(offset, what="offset")
     if base is not None:
         from cowkit.bases import open_base
 
-        start = parse_size(offset, what="offset")
         return open_base(base, format=base_format, offset=start, partition=partition, tmpdir=tmpdir)
-    if base_format is not None or offset or partition is not None:
+    if base_format is not None or start or partition is not None:
         raise UsageError("a format, an offset and a partition are of a base: name one, or leave them out for a blank disk")
     return ZeroBase(size or 0)
 

@@ -50,7 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Ask the server for the difference."""
     server = choose(arguments.base, arguments.source)
     # Not checked here: the server writes it, and knows best
-    asked = {"path": os.path.abspath(arguments.output)}
+    folder = "/" if arguments.output.endswith("/") else ""  # which abspath drops, and a file is no folder
+    asked = {"path": os.path.abspath(arguments.output) + folder}
     if arguments.backing_file is not None:
         asked["backing-file"] = arguments.backing_file
     elif arguments.base is not None:

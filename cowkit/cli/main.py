@@ -12,6 +12,9 @@ from collections.abc import Sequence
 
 from cowkit.errors import CowkitError
 
+_ESCAPED = {number: f"\\x{number:02x}" for number in (*range(32), *range(127, 160))}
+"""What would move a terminal's cursor, or worse: names may contain anything."""
+
 FAILED = 2
 INTERRUPTED = 128 + 2  # as a shell counts a command that SIGINT ended
 READER_GONE = 128 + 13  # and SIGPIPE
@@ -64,7 +67,7 @@ def complain(error: Exception) -> None:
 def note(text: str) -> None:
     """Tell the user ``text`` on standard error; whether anybody reads it makes no difference."""
     try:
-        print(f"cowkit: {text}", file=sys.stderr, flush=True)
+        print(f"cowkit: {text.translate(_ESCAPED)}", file=sys.stderr, flush=True)
     except (OSError, ValueError):
         pass
 

@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help="keep what changed in OUT, a qcow2 image on top of BASE, whatever CMD's exit status (default: thrown away)",
         )
     )
+    keep.add_argument("--backing", metavar="NAME", help="with --diff: the name of the base to record in OUT (default: BASE's path)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -48,14 +49,42 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("give a command to run, behind `--`: cowkit run ... -- CMD ... (see `cowkit run --help`)")
     if any("{file}" in word for word in command):
         raise UsageError("there is no {file}: give CMD {uri} or {socket}, which NBD clients take")
+    if arguments.backing is not None and arguments.diff is None:
+        raise UsageError("--backing names the base in what --diff writes: give --diff OUT, too")
     if arguments.diff is not None and arguments.share != "all":
         raise UsageError(f"--diff keeps what changed on one disk, and with --share {arguments.share} there are several")
+    # Until all is cleaned up; _Child passes them on while the command runs.
+    before = {number: signal.signal(number, _end) for number in _FORWARDED}
+    try:
+        return _run(arguments, command)
+    except _Ended as ended:
+        return 128 + ended.number
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Ended(BaseException):
+    """Somebody wants cowkit to end while no command runs that could be told."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    raise _Ended(number)
+
+
+def _run(arguments: argparse.Namespace, command: list[str]) -> int:
     status = 0
     try:
         with Serving(arguments, local=True) as serving:
+            if arguments.diff is not None:
+                serving.disk.check_diff(arguments.diff, backing_file=arguments.backing)  # not when all the work is done
             child = _Child(_filled_in(command, serving), _environment(serving))
             status = child.wait()
-            _tell(serving, arguments.diff)
+            _tell(serving, arguments)
     except Exception as error:
         if not status or os.environ.get("COWKIT_DEBUG"):
             raise
@@ -63,11 +92,12 @@ def run(arguments: argparse.Namespace) -> int:
     return status
 
 
-def _tell(serving: Serving, output: str | None) -> None:
-    if output is not None:
-        serving.disk.engine.base.verify_path()  # before a name is recorded that leads to another file, or nowhere
-        for line in serving.disk.diff(output).summary().splitlines():
+def _tell(serving: Serving, arguments: argparse.Namespace) -> None:
+    if arguments.diff is not None:
+        for line in serving.disk.diff(arguments.diff, backing_file=arguments.backing).summary().splitlines():
             note(line)
+        if (failure := serving.disk.overlay_failure) is not None:
+            note(f"requests were refused: {failure}")
     else:
         note(serving.written())
 

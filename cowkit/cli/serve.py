@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 DESCRIPTION = (
     "Serve BASE over NBD as a disk that clients may write and wreck; BASE itself is never written, and what was written is "
     "thrown away at the end, unless `cowkit diff` keeps it first. The first line printed is the URI for clients, printed once "
-    "they can connect. SIGTERM or ctrl-C ends it. Started by a program that hands over a listening socket (systemd, or "
+    "they can connect. SIGTERM or ctrl-C ends it, SIGHUP does not. Started by a program that hands over a listening socket (systemd, or "
     "`nbdinfo [ cowkit serve BASE ]`), it serves on that and prints nothing."
 )
 EXAMPLES = """

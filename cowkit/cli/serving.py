@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 def add_disk_arguments(parser: argparse.ArgumentParser) -> None:
     """What says which disk to serve, and where."""
     file_argument(
-        parser.add_argument("base", metavar="BASE", nargs="?", help="a raw image file or block device; it is never written")
+        parser.add_argument("base", metavar="BASE", nargs="?", help="an image file, block device or NBD URI; it is never written")
     )
     disk = parser.add_argument_group("the disk")
     disk.add_argument(
@@ -58,6 +58,13 @@ def add_disk_arguments(parser: argparse.ArgumentParser) -> None:
         default="exact",
         help="a size that is no multiple of the block size is kept, rounded down, or rounded up (default: exact)",
     )
+    disk.add_argument(
+        "--format",
+        metavar="FORMAT",
+        help="BASE's: raw, xz, gz, zst, bz2, or QEMU's name of one, such as qcow2 (default: what BASE's name and content agree on)",
+    )
+    disk.add_argument("--offset", metavar="SIZE", default="0", help="begin that many bytes into BASE (default: 0)")
+    disk.add_argument("--partition", metavar="N", type=int, help="serve BASE's partition N, counted from 1, instead of the whole")
     disk.add_argument("--cow-on-read", action="store_true", help="copy what is read from BASE into the overlay")
     disk.add_argument("--cow-on-cache", action="store_true", help="copy what a cache request names into the overlay")
     file_argument(
@@ -161,6 +168,9 @@ class Serving:
                 given.base,
                 size=given.size,
                 block_size=given.block_size,
+                base_format=given.format,
+                offset=given.offset,
+                partition=given.partition,
                 round=given.round,
                 cow_on_read=given.cow_on_read,
                 cow_on_cache=given.cow_on_cache,
@@ -179,7 +189,7 @@ class Serving:
         self.info = ServerInfo(
             pid=os.getpid(),
             name=self.disk.name,
-            base=base.path,
+            base=base.path or base.given,
             identity=base.identity and (base.identity.device, base.identity.inode),
             size=self.disk.size,
             uris=self.uris,
@@ -225,4 +235,6 @@ class Serving:
         """How much clients wrote, for people."""
         dirty = self.server.written_bytes
         what = self.disk.base or "the blank disk"
-        return f"{format_size(dirty)} written to {what}, thrown away" if dirty else f"nothing was written to {what}"
+        said = f"{format_size(dirty)} written to {what}, thrown away" if dirty else f"nothing was written to {what}"
+        failure = self.disk.overlay_failure
+        return said if failure is None else f"{said}; requests were refused: {failure}"

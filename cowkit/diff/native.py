@@ -16,7 +16,7 @@ from cowkit.diff.report import DiffReport, amounts
 from cowkit.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
-    from cowkit.disk import FrozenView
+    from cowkit.disk import Base, FrozenView
 
 
 def write_diff(
@@ -48,9 +48,8 @@ def write_diff(
     if backing_file is None and (base_path or view.base.given):
         raise UsageError(f"a difference to {view.base.given} needs a name for it: give backing_file")
     name = _checked(backing_file) if backing_file is not None else None
-    spare = [base_path, *backing_chain(base_path)] if base_path is not None else []
     view.base.verify_path()
-    with AtomicOutput(path, spare=spare) as output:
+    with AtomicOutput(path, spare=_spared(base_path)) as output:
         writer = Qcow2Writer(output, shape, backing_file=name, backing_format=backing_format)
         changes = Changes(view, cluster_size, progress)
         for batch in changes:
@@ -76,6 +75,18 @@ def write_diff(
         seconds=time.perf_counter() - begun,
         changed=tuple(tally.changed),
     )
+
+
+def check_output(base: Base, path: str | os.PathLike[str]) -> None:
+    """Look whether a difference to ``base`` could be written to ``path``, without writing anything.
+
+    :raises OutputError: it could not.
+    """
+    AtomicOutput(path, spare=_spared(base.path)).check()
+
+
+def _spared(base_path: str | None) -> list[str]:
+    return [base_path, *backing_chain(base_path)] if base_path is not None else []
 
 
 def backing_name(given: str | None, base_path: str | None, output: str | os.PathLike[str]) -> str | None:
@@ -105,7 +116,12 @@ def backing_name(given: str | None, base_path: str | None, output: str | os.Path
 
 
 def _checked(name: str) -> bytes:
-    raw = os.fsencode(name)
+    try:
+        raw = os.fsencode(name)
+    except UnicodeEncodeError as error:
+        raise OutputError(f"the name of the base, {name!r}, cannot be written: {error.reason}") from error
+    if b"\0" in raw:
+        raise OutputError(f"the name of the base, {name!r}, contains a NUL, which no file's name does")
     if not 0 < len(raw) <= LONGEST_BACKING_NAME:
         raise OutputError(
             f"the name of the base has {len(raw)} bytes, and qcow2 has room for 1 to {LONGEST_BACKING_NAME}: "

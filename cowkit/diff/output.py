@@ -70,6 +70,22 @@ class AtomicOutput:
             raise
         return self
 
+    def check(self) -> None:
+        """Look whether it could be written, without writing.
+
+        :raises OutputError: it could not.
+        """
+        try:
+            self._target = os.path.realpath(self.path)
+            self._check_target()
+            directory = os.path.dirname(self._target)
+            if not os.access(directory, os.W_OK | os.X_OK):
+                raise OutputError(f"cannot write {self.path}: the directory {directory} cannot be written to")
+        except OSError as error:
+            raise self._failed(error) from error
+        except ValueError as error:  # a null byte in the path, or what is no text
+            raise OutputError(f"cannot write {self.path!r}: {error}") from error
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:

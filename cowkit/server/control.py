@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, Self
 
 from cowkit.errors import ControlError, CowkitError, ListenError, ProtocolError
 from cowkit.server.qmp import Argument, MessageSplitter, QmpSession, Request, decode, encode, encode_event
+from cowkit.server.quiet_thread import QuietThread
 
 _RECEIVE = 1 << 16
 _WAITING_LIMIT = 8
@@ -135,7 +136,7 @@ class ControlServer:
         self._poll = select.poll()
         self._poll.register(self._wake, select.POLLIN)
         self._poll.register(listener, select.POLLIN)
-        self._thread = threading.Thread(target=self._loop, name="cowkit-control", daemon=True)
+        self._thread = QuietThread(target=self._loop, name="cowkit-control", daemon=True)
         self._thread.start()
 
     def emit(self, event: str, data: Mapping[str, Any] | None = None) -> None:
@@ -301,7 +302,7 @@ class ControlServer:
             self._post(lambda: self._send(connection, message))
 
         context = CommandContext(emit)
-        worker = threading.Thread(
+        worker = QuietThread(
             target=self._run, args=(connection, request, context), name=f"cowkit-command-{request.command}", daemon=True
         )
         try:

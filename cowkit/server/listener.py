@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import socket
 import stat
 import struct
@@ -24,7 +25,10 @@ def check_socket_path(path: str) -> None:
 
     :raises ListenError: it is too long, or empty.
     """
-    length = len(os.fsencode(path))
+    try:
+        length = len(os.fsencode(path))
+    except UnicodeEncodeError as error:
+        raise ListenError(f"{path!r} is no path for a socket: {error.reason}") from error
     if not path or "\0" in path:
         raise ListenError(f"{path!r} is no path for a socket")
     if length > SOCKET_PATH_LIMIT:
@@ -110,7 +114,7 @@ def _host_and_port(address: str) -> tuple[str, int]:
         host = host[1:-1]
     elif ":" in host:
         raise ListenError(f"{address!r} is no HOST:PORT: put an IPv6 address in brackets, as in [::1]:10809")
-    if not port.isascii() or not port.isdigit() or int(port) > 65535:
+    if not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
         raise ListenError(f"{address!r} is no HOST:PORT: the port is a number from 0 to 65535, as in 127.0.0.1:10809")
     return host or "127.0.0.1", int(port)
 

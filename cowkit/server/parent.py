@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import select
-import threading
 from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
 from cowkit.errors import ListenError
+from cowkit.server.quiet_thread import QuietThread
 
 
 class ParentWatch:
@@ -37,7 +37,7 @@ class ParentWatch:
         if os.getppid() != parent:  # it ended meanwhile, and the pidfd may be a stranger's
             self._forget()
         self._over = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._thread = threading.Thread(target=self._watch, name="cowkit-parent", daemon=True)
+        self._thread = QuietThread(target=self._watch, name="cowkit-parent", daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()

@@ -28,6 +28,7 @@ from cowkit.errors import ListenError, ProtocolError
 from cowkit.server.channel import Stream
 from cowkit.server.connection import Connection
 from cowkit.server.listener import listen_tcp, listen_unix, listen_vsock, uri_of
+from cowkit.server.quiet_thread import QuietThread
 from cowkit.server.runtime import NBD_SOCKET, make_socket_dir, remove_socket_dir
 from cowkit.server.shares import Share, share_disk
 
@@ -120,7 +121,7 @@ class NbdServer:
             self.uris = tuple(uri for uri in known if uri is not None)
             """Where clients connect: the Unix socket, TCP, vsock, and then the listeners that were given."""
             self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            self._acceptor = threading.Thread(target=self._accept, name="cowkit-accept", daemon=True)
+            self._acceptor = QuietThread(target=self._accept, name="cowkit-accept", daemon=True)
             if start:
                 self.start()
         except BaseException:
@@ -268,7 +269,7 @@ class NbdServer:
     def _begin(self, stream: Stream, *, patient: bool = False, on_end: Callable[[], None] | None = None) -> bool:
         """Have a new thread serve the client; False if that cannot be: then the stream is closed."""
         connection = Connection(stream, self._shares, tls=self._tls, on_choice=self._choice)
-        thread = threading.Thread(target=self._serve, args=(connection, on_end), name="cowkit-client", daemon=True)
+        thread = QuietThread(target=self._serve, args=(connection, on_end), name="cowkit-client", daemon=True)
         with self._lock:
             try:
                 if self._stopping:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import lzma
 import os
 import pty
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from cowkit.diff import Qcow2Image
+from cowkit.disk import FileBase
 from tests.cli.helpers import COWKIT, PATIENCE, Run, complaint, content
 
 WRITE = (
@@ -62,7 +66,8 @@ def test_a_signal_that_ends_the_command_counts_as_a_shell_counts_it(cowkit: Run,
 
 def test_a_failure_of_the_difference_is_status_2_unless_the_command_failed(base: Path, cowkit: Run) -> None:
     for command, status in (("true", 2), ("false", 1)):
-        done = cowkit("run", base, "--diff", ".", "--", command)
+        (base.parent / "gone").mkdir()
+        done = cowkit("run", base, "--diff", "gone/out", "--", "sh", "-c", f"rmdir gone; {command}")
         assert done.returncode == status
         assert done.stderr.startswith("cowkit: ")
         assert done.stderr.count("\n") == 1
@@ -148,3 +153,58 @@ def test_it_can_be_found_and_controlled_but_not_quit(cowkit: Run) -> None:
         "print('cowkit-diff' in names, 'quit' in names)"
     )
     assert cowkit("run", "--size", "1M", "--", sys.executable, "-W", "ignore", "-c", ask).stdout == "True False\n"
+
+
+@pytest.mark.parametrize(("output", "reason"), [("missing/out", "no directory"), ("disk.img", "the same file"), (".", "a directory")])
+def test_where_the_difference_goes_is_looked_at_before_the_command_runs(
+    base: Path, tmp_path: Path, cowkit: Run, output: str, reason: str
+) -> None:
+    assert base == tmp_path / "disk.img"
+    done = cowkit("run", base, "--diff", output, "--", "touch", "ran")
+    assert reason in complaint(done)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_ends_cowkit_while_it_writes_the_difference_leaves_nothing(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "diff.qcow2").write_bytes(b"old")
+    code = "import sys, nbd\nh = nbd.NBD()\nh.connect_uri(sys.argv[1])\nfor i in range(20): h.pwrite(b'x' * (10 << 20), i * (10 << 20))"
+    command: list[str | Path] = [*COWKIT, "run", "--size", "1G", "--socket", output / "s.sock", "--diff", output / "diff.qcow2"]
+    with subprocess.Popen([*command, "--", sys.executable, "-c", code, "{uri}"], stderr=subprocess.DEVNULL) as process:
+        while not list(output.glob(".cowkit-*")):
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE) == 128 + signal.SIGTERM
+    assert [path.name for path in output.iterdir()] == ["diff.qcow2"]
+    assert (output / "diff.qcow2").read_bytes() == b"old"
+
+
+def test_why_requests_were_refused_is_in_the_summary(tmp_path: Path, cowkit: Run) -> None:
+    missing = cowkit("run", "--size", "1M", "--tmpdir", tmp_path / "missing", "--", "true")
+    assert "no such directory" in complaint(missing)
+    code = "import sys, nbd\nh = nbd.NBD()\nh.connect_uri(sys.argv[1])\ntry: h.pwrite(b'x' * (1 << 20), 0)\nexcept nbd.Error: pass"
+    script = f"ulimit -f 100; exec {' '.join(COWKIT)} run --size 1M -- {sys.executable} -c {shlex.quote(code)} {{uri}}"
+    full = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert "requests were refused: the overlay in" in full.stderr
+
+
+def test_a_base_that_cannot_be_a_backing_file_needs_another_named(tmp_path: Path, cowkit: Run) -> None:
+    raw = tmp_path / "plain.img"
+    raw.write_bytes(bytes(range(256)) * 4096)
+    (tmp_path / "disk.img.xz").write_bytes(lzma.compress(raw.read_bytes()))
+    command = ("--", "qemu-io", "-f", "raw", "-c", "write -P 7 0 64k", "{uri}")
+    refused = cowkit("run", "disk.img.xz", "--diff", "d.qcow2", *command)
+    assert "--backing" in complaint(refused)
+    assert cowkit("run", "disk.img.xz", "--diff", "d.qcow2", "--backing", "plain.img", *command).returncode == 0
+    with Qcow2Image(tmp_path / "d.qcow2", FileBase(raw).pread, 1 << 20) as image:
+        assert (image.backing_file, image.backing_format) == ("plain.img", "raw")
+        assert image.pread(1 << 20, 0) == b"\7" * 65536 + raw.read_bytes()[65536:]
+
+
+def test_partition_offset_and_format_reach_the_base(tmp_path: Path, cowkit: Run) -> None:
+    (tmp_path / "whole.img").write_bytes(b"a" * 4096 + b"b" * 4096)
+    code = "import sys, nbd\nh = nbd.NBD()\nh.connect_uri(sys.argv[1])\nprint(h.get_size(), h.pread(1, 0))"
+    told = cowkit("run", "whole.img", "--offset", "4K", "--format", "raw", "--", sys.executable, "-c", code, "{uri}")
+    assert told.stdout == "4096 bytearray(b'b')\n"
+    assert "partition" in complaint(cowkit("run", "whole.img", "--partition", "1", "--", "true"))

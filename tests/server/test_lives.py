@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import select
+import signal
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -112,3 +115,16 @@ def test_no_parent_to_watch_is_said_so(monkeypatch: pytest.MonkeyPatch, parent: 
     monkeypatch.setattr(os, "getppid", lambda: parent)
     with pytest.raises(ListenError, match="the parent process has ended already, or is none that can be watched"):
         ParentWatch(lambda: None)
+
+
+def test_the_servers_threads_take_no_signals() -> None:
+    with Disk(ZeroBase(1 << 20)) as disk, NbdServer(disk) as server, socket.socket(socket.AF_UNIX) as client:
+        assert server.socket is not None
+        client.connect(server.socket)
+        assert client.recv(18)
+        for thread in threading.enumerate():
+            if thread.name.startswith("cowkit-"):
+                status = Path(f"/proc/self/task/{thread.native_id}/status").read_text(encoding="ascii")
+                blocked = int(next(line.split()[1] for line in status.splitlines() if line.startswith("SigBlk")), 16)
+                for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD, signal.SIGALRM):
+                    assert blocked >> (number - 1) & 1, (thread.name, number)

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+from cowkit.diff.bulk_writer import aligned_buffer
 from cowkit.diff.qcow2_layout import down, image_size, up
 from cowkit.disk.extent import Extent, Kind
 
@@ -50,7 +51,7 @@ class Run(NamedTuple):
 class Batch(NamedTuple):
     """Some ``runs``, in order, and the content of those that are ``DATA``, one after another.
 
-    ``data`` is good until the next batch is asked for.
+    ``data`` is good until the next batch but one is asked for: meanwhile it can be written.
     """
 
     runs: list[Run]
@@ -164,7 +165,8 @@ class Changes:
         self._unit = min(view.block_size, cluster_size)
         self._piece = max(_PIECE, cluster_size)
         self._map = _BaseMap(view)
-        self._batch = memoryview(bytearray(max(_BATCH, cluster_size)))
+        self._batch = aligned_buffer(max(_BATCH, cluster_size))
+        self._other_batch = aligned_buffer(max(_BATCH, cluster_size))
         self._filled = 0
         self._runs: list[Run] = []
         self._aside = bytearray(self._piece)  # what the batch's content is compared with
@@ -317,6 +319,8 @@ class Changes:
     def _take(self) -> Batch:
         batch = Batch(self._runs, self._batch[: self._filled])
         self._runs, self._filled = [], 0
+        # The next batch comes together while this one is being written.
+        self._batch, self._other_batch = self._other_batch, self._batch
         return batch
 
     # Reading

@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
 
+from cowkit.diff.bulk_writer import BulkWriter
 from cowkit.errors import OutputError
 
 _REFUSED = {
@@ -49,6 +50,7 @@ class AtomicOutput:
         self._target = self._temporary = ""
         self._mode: int | None = None
         self._fd = -1
+        self._bulk = BulkWriter(self._write_all)
 
     def __enter__(self) -> Self:
         try:
@@ -91,6 +93,7 @@ class AtomicOutput:
     ) -> None:
         try:
             if kind is None:
+                self._bulk.drain()
                 os.rename(self._temporary, self._target)
                 self._temporary = ""
         except OSError as failure:
@@ -103,14 +106,24 @@ class AtomicOutput:
 
         :raises OutputError: there is no room, or the system fails to write.
         """
-        rest = memoryview(data)
+        self._write_all(memoryview(data), offset)
+        self.bytes_written += len(data)
+
+    def pwrite_meanwhile(self, data: memoryview, offset: int) -> None:
+        """Have ``data`` written by the time the block ends; they must stay as they are until the next call returns.
+
+        :raises OutputError: an earlier piece found no room, or the system failed to write it.
+        """
+        self._bulk.write(data, offset)
+        self.bytes_written += len(data)
+
+    def _write_all(self, rest: memoryview, offset: int) -> None:
         try:
             while rest:
                 # A short write says that room or a limit ran out in its middle: the next one tells which.
                 count = os.pwrite(self._fd, rest, offset)
                 rest = rest[count:]
                 offset += count
-                self.bytes_written += count
         except OSError as error:
             raise self._failed(error) from error
 
@@ -174,10 +187,12 @@ class AtomicOutput:
                 continue
             # Another writer that removes stale files may have been faster with the lock: then the file is as good as gone.
             if _lock(self._fd) is not False and os.fstat(self._fd).st_nlink:
+                self._bulk.path = self._temporary
                 return
             self._discard()
 
     def _discard(self) -> None:
+        self._bulk.close()
         if self._temporary:
             with contextlib.suppress(OSError):
                 os.unlink(self._temporary)

@@ -42,7 +42,8 @@ class Qcow2Writer:
     def add(self, batch: Batch) -> None:
         """Write the clusters of ``batch``; batches come in the disk's order."""
         host = self._allocate(len(batch.data))
-        self._put(host, batch.data)
+        if batch.data:
+            self._output.pwrite_meanwhile(batch.data, host)
         size = self._shape.cluster_size
         for run in batch.runs:
             for index, count in self._entries(run.offset, run.length):

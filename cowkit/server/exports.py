@@ -2,7 +2,7 @@
 
 A client may list exports, ask for details of any of them, and leave; the server must not have opened, created or
 allocated anything for it by then (nbdkit let clients do that: CVE-2019-14850, CVE-2019-14851). So negotiation sees an
-:class:`Export`, which only *describes* a disk, and whoever serves the disk opens what it needs with ``handle``, once
+:class:`Export`, which only *describes* a disk, and whoever serves the disk (shares.py) opens what it needs, once
 the client has chosen.
 """
 
@@ -43,7 +43,6 @@ class Export:
     :param maximum_payload: the longest data of one READ or WRITE: from the preferred block to 2**32 - 1, in bytes.
     :param contexts: the names of the metadata contexts, such as ``"base:allocation"`` or ``"qemu:dirty-bitmap:cow"``, each
         once.
-    :param handle: whatever the server needs for opening the disk. Negotiation passes it on and never looks at it.
     :raises UsageError: a value that could not go on the wire.
     """
 
@@ -51,7 +50,6 @@ class Export:
         "contexts",
         "description",
         "flags",
-        "handle",
         "maximum_payload",
         "minimum_block",
         "name",
@@ -70,7 +68,6 @@ class Export:
         preferred_block: int = DEFAULT_PREFERRED_BLOCK,
         maximum_payload: int = DEFAULT_MAXIMUM_PAYLOAD,
         contexts: tuple[str, ...] = (),
-        handle: object = None,
     ) -> None:
         self.name = name
         self.description = description
@@ -80,7 +77,6 @@ class Export:
         self.preferred_block = preferred_block
         self.maximum_payload = maximum_payload
         self.contexts = contexts
-        self.handle = handle
         _check_string(self.name, "the export name")
         _check_string(self.description, "the export's description")
         if not 0 <= self.size <= LARGEST_DISK:

@@ -6,7 +6,7 @@ The server speaks first: two magic numbers and 16 bits of flags. The client answ
 From then on the client asks for one *option* after the other, and the server answers each with zero or more replies of
 content and then exactly one final reply, ACK or an error. Nothing is in effect because it was asked for, only because
 it was acknowledged. So an option that a server does not know costs a client one round trip and nothing else, and that
-is how NBD has grown since. What each option means is in ``haggling.py``, with a table; this module is about the stream
+is how NBD has grown since. What each option means is in ``option_answers.py``, with a table; this module is about the stream
 of bytes that carries them.
 
 An option says how long its data is. That is what keeps both sides in step: whatever the server thinks of an option, it
@@ -46,7 +46,7 @@ from typing import Final, NamedTuple
 
 from cowkit.errors import ProtocolError, UsageError
 from cowkit.server.exports import Exports
-from cowkit.server.haggling import Chosen, Haggling, State, TlsMode
+from cowkit.server.option_answers import Chosen, OptionAnswers, State, TlsMode
 from cowkit.server.options import OptionRefused, error_reply, option_name
 from cowkit.server.wire import (
     CLIENT_FLAGS,
@@ -108,7 +108,7 @@ class Negotiation:
         self.state = State.NEGOTIATING
         self.chosen: Chosen | None = None
         self.ended: Ended | None = None
-        self._haggling = Haggling(exports, tls)
+        self._answers = OptionAnswers(exports, tls)
         self._fixed_newstyle = False
         self._option = 0
 
@@ -164,7 +164,7 @@ class Negotiation:
         """
         if self.state is not State.UPGRADE_TLS:
             raise UsageError(f"TLS cannot have started: nobody asked for it, the negotiation is {self.state.value}")
-        self._haggling.in_tls = True
+        self._answers.in_tls = True
         self.state = State.NEGOTIATING
 
     def trailing(self) -> bytes:
@@ -177,7 +177,7 @@ class Negotiation:
 
     def shut_down(self) -> None:
         """The server is about to stop: refuse every further option but ABORT. Any thread may call this."""
-        self._haggling.shutting_down = True
+        self._answers.shutting_down = True
 
     # From bytes to options
 
@@ -199,7 +199,7 @@ class Negotiation:
         if unknown := flags & ~int(ClientFlag.FIXED_NEWSTYLE | ClientFlag.NO_ZEROES):
             raise ProtocolError(f"the client set unknown flags {unknown:#x}")
         self._fixed_newstyle = bool(flags & ClientFlag.FIXED_NEWSTYLE)
-        self._haggling.no_zeroes = bool(flags & ClientFlag.NO_ZEROES)
+        self._answers.no_zeroes = bool(flags & ClientFlag.NO_ZEROES)
         self._expect_option()
 
     def _option_header(self, data: bytes) -> None:
@@ -212,7 +212,7 @@ class Negotiation:
         self._check_limits(length)
         if not self._fixed_newstyle and option != Option.EXPORT_NAME:
             raise ProtocolError(f"the client sent {option_name(option)} without having set the flag FIXED_NEWSTYLE")
-        refused = self._haggling.begin(option, length)
+        refused = self._answers.begin(option, length)
         if refused is not None and option == Option.EXPORT_NAME:
             raise refused
         if refused is not None:
@@ -239,7 +239,7 @@ class Negotiation:
 
     def _option_data(self, option: int, data: bytes) -> None:
         self._expect_option()
-        answer = self._haggling.answer(option, data)
+        answer = self._answers.answer(option, data)
         self._send(answer.replies)
         if answer.state is State.ENDED:
             self._end("the client said ABORT", clean=True)

@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple, cast, get_args
 
 from cowkit.errors import ProtocolError, UsageError
 from cowkit.server.channel import Buffer, Channel
-from cowkit.server.haggling import TlsMode
+from cowkit.server.option_answers import TlsMode
 
 TlsChoice = Literal["on", "require"]
 """``"on"``: clients may use TLS; ``"require"``: they must."""

@@ -19,12 +19,6 @@ FIXED_NEWSTYLE = b"\0\0\0\1"
 NO_ZEROES_TOO = b"\0\0\0\3"
 
 
-class Untouchable:
-    """A handle that no negotiation may look into."""
-
-    def __getattribute__(self, name: str) -> object:
-        raise AssertionError(f"negotiation looked at {name} of what it must only pass on")
-
 
 class Offer:
     """Exports by name; writes down what it is asked."""

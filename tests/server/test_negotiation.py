@@ -37,7 +37,6 @@ from tests.server.negotiating import (
     UNKNOWN,
     UNSUP,
     Offer,
-    Untouchable,
     ask,
     begun,
     infos,
@@ -57,10 +56,9 @@ DISK = Export(
     preferred_block=65536,
     maximum_payload=2**26,
     contexts=("base:allocation", "qemu:allocation-depth", "qemu:dirty-bitmap:cow", "qemu:dirty-bitmap:a:b"),
-    handle=Untouchable(),
 )
-OTHER = Export(name="other", size=512, contexts=("base:allocation",), handle=Untouchable())
-ALIGNED = Export(name="aligned", size=8192, minimum_block=4096, handle=Untouchable())
+OTHER = Export(name="other", size=512, contexts=("base:allocation",))
+ALIGNED = Export(name="aligned", size=8192, minimum_block=4096)
 
 FIXED_FLAGS = 1 | 1 << 2 | 1 << 5  # HAS_FLAGS, SEND_FLUSH, SEND_TRIM
 SEND_DF = 1 << 7

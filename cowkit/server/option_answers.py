@@ -113,10 +113,10 @@ class Answer(NamedTuple):
 class _Rule(NamedTuple):
     longest: int
     """The most data that the option may have, in bytes."""
-    handle: Callable[[Haggling, int, bytes], Answer]
+    handle: Callable[[OptionAnswers, int, bytes], Answer]
 
 
-class Haggling:
+class OptionAnswers:
     """The meaning of one client's options.
 
     :param tls: ``"off"``: there is none; ``"allow"``: the client may start it; ``"require"``: nothing goes without it.

@@ -281,7 +281,27 @@ class CowDisk:
         name = self._backing_file(path) if backing_file is None else backing_file
         if name is not None and self.engine.base.given is None:
             raise UsageError(f"a blank disk has no base to be called {name!r}: its difference stands alone")
+        if name is not None and backing_file is not None:
+            self._check_backing(path, name)
         return path, name
+
+    def _check_backing(self, path: str, name: str) -> None:
+        """Whether a name that the user gave for the base can be right; where there is no such file yet, it may.
+
+        :raises UsageError: it cannot.
+        """
+        from cowkit.bases.opening import image_format_of, is_uri
+
+        if is_uri(name) or "\0" in name:
+            return
+        output = os.path.realpath(path)
+        backing = os.path.realpath(os.path.join(os.path.dirname(output), name))
+        if backing == output:
+            raise UsageError(f"the difference {path} cannot be its own backing file: name the base, or another output")
+        if self.engine.base.backing_refusal is not None and (found := image_format_of(backing)) is not None:
+            raise UsageError(
+                f"backing file {name} is a {found} file: what the base holds is raw, so name a raw copy of that"
+            )
 
     def _backing_file(self, path: str | os.PathLike[str]) -> str | None:
         from cowkit.diff import backing_name
@@ -421,6 +441,8 @@ class CowDisk:
                 if self._closed:
                     return
                 self._closed = True
+            # Or a client's read that waits for a base which never answers would hold all this up.
+            self.engine.base.interrupt()
         for server in self._servers:
             server.stop()
         self.engine.close()
@@ -440,7 +462,9 @@ def _open(
 
         return open_base(base, format=base_format, offset=start, partition=partition, tmpdir=tmpdir)
     if base_format is not None or start or partition is not None:
-        raise UsageError("a format, an offset and a partition are of a base: name one, or leave them out for a blank disk")
+        raise UsageError(
+            "a format, an offset and a partition are of a base: name one, or leave them out for a blank disk"
+        )
     return ZeroBase(size or 0)
 
 

@@ -81,6 +81,10 @@ class ImageBase(ClientBase):
         for file in (self._file, *self._chain.files):
             file.verify_path()
 
+    def interrupt(self) -> None:
+        """End qemu-nbd, and with it the reads that wait for it: it may be stopped, and would never answer."""
+        self._server.kill()
+
     def _close(self) -> None:
         super()._close()
         self._server.stop()

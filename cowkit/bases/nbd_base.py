@@ -41,6 +41,10 @@ class ClientBase(Base):
     def verify(self) -> None:
         """Of an export only the size is known, which stays while a connection does."""
 
+    def interrupt(self) -> None:
+        """Have reads that wait for the server fail now."""
+        self._client.interrupt()
+
     def _close(self) -> None:
         self._client.close()
 

@@ -5,11 +5,13 @@ Written for bases: nothing is ever written, the export never changes, and a conn
 
 from __future__ import annotations
 
+import os
+import socket
 import threading
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import Any
 
@@ -63,9 +65,11 @@ class NbdClient:
         self.given = given
         self._nbd: Any = import_nbd(f"reading the base {given}")
         self._connect = connect
+        self._sockets: list[socket.socket] = []
+        """Other descriptors of libnbd's sockets, for :meth:`interrupt`."""
         self._changed = threading.Condition()
         self._count = 1
-        first = self._connection()
+        first = self._kept(self._connection())
         self._idle = [first]
         try:
             self.size: int = first.get_size()
@@ -82,7 +86,7 @@ class NbdClient:
         self._knowing = threading.Lock()
         if eager:
             while self._count < self._most:
-                self._idle.append(self._connection())
+                self._idle.append(self._kept(self._connection()))
                 self._count += 1
 
     def _connection(self) -> Any:
@@ -103,6 +107,16 @@ class NbdClient:
         if not handle.aio_is_ready():
             raise BaseOpenError(f"cannot open base {self.given}: the server ended the connection")
         return handle
+
+    def _kept(self, handle: Any) -> Any:
+        self._sockets.append(socket.socket(fileno=os.dup(handle.aio_get_fd())))
+        return handle
+
+    def interrupt(self) -> None:
+        """Have the requests under way fail; libnbd itself waits for a server as long as it takes."""
+        for each in list(self._sockets):
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
 
     @contextmanager
     def _borrowed(self) -> Iterator[Any]:
@@ -125,7 +139,7 @@ class NbdClient:
             else:
                 return self._idle.pop()
         try:
-            return self._connection()
+            return self._kept(self._connection())
         except BaseOpenError:
             # The server takes no more, or has gone: the next request on the others will tell.
             with self._changed:
@@ -234,6 +248,8 @@ class NbdClient:
         handles, self._idle = self._idle, []
         for handle in handles:
             _end(handle, self._nbd.Error)
+        for each in self._sockets:
+            each.close()
 
 
 def _end(handle: Any, error: type[Exception]) -> None:

@@ -119,3 +119,15 @@ def _ends(base: Base) -> tuple[bytes, bytes]:
     """The first bytes of ``base`` and its last ones."""
     length = min(HEAD, base.size)
     return base.pread(length, 0), base.pread(length, base.size - length)
+
+
+def image_format_of(path: str) -> str | None:
+    """The format of the file at ``path`` by its first bytes; None where it has no known one, or cannot be read."""
+    try:
+        file = FileBase(path)
+    except BaseOpenError:
+        return None
+    try:
+        return format_of_content(file.pread(min(HEAD, file.size), 0))
+    finally:
+        file.release()

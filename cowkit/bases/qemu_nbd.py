@@ -122,10 +122,14 @@ class QemuNbd:
         last = next((line.strip() for line in reversed(lines) if line.strip()), "")
         return last.removeprefix("qemu-nbd:").strip()
 
-    def stop(self) -> None:
-        """End it, as it has nothing to save; when this returns it is no more."""
+    def kill(self) -> None:
+        """End it without waiting."""
         if self._process is not None:
             self._process.kill()
+
+    def stop(self) -> None:
+        """End it, as it has nothing to save; when this returns it is no more."""
+        self.kill()
         self._keeper.join()
         self._forget()
 

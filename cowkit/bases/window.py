@@ -62,6 +62,10 @@ class WindowBase(Base):
         """Pass the hint on."""
         self._inner.will_need(self._offset + offset, length)
 
+    def interrupt(self) -> None:
+        """See :meth:`cowkit.disk.base.Base.interrupt`."""
+        self._inner.interrupt()
+
     def verify(self) -> None:
         """See :meth:`cowkit.disk.base.Base.verify`: the whole base is compared, not only the window."""
         self._inner.verify()

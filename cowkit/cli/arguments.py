@@ -126,7 +126,9 @@ def whole_parser(*, complete: bool) -> Parser:
     :param complete: whether to have each command's arguments, too.
     """
     parser = _parser("cowkit", _DESCRIPTION, _EXAMPLES)
-    parser.add_argument("--version", action="version", version=f"cowkit {cowkit.__version__}", help="print the version and stop")
+    parser.add_argument(
+        "--version", action="version", version=f"cowkit {cowkit.__version__}", help="print the version and stop"
+    )
     parser.usage = "cowkit [--help] [--version] COMMAND ..."
     # The metavar is long enough for argparse to leave room beside it for the longest command.
     commands = parser.add_subparsers(
@@ -160,7 +162,9 @@ def parse(argv: Sequence[str]) -> tuple[CommandModule, argparse.Namespace]:
     if name in WRAPPERS and "--" in words:
         words, behind = words[: words.index("--")], words[words.index("--") + 1 :]
     elif name in WRAPPERS and not {"-h", "--help"} & set(words):
-        raise UsageError(f"give a command to run, behind `--`: cowkit {name} ... -- CMD ... (see `cowkit {name} --help`)")
+        raise UsageError(
+            f"give a command to run, behind `--`: cowkit {name} ... -- CMD ... (see `cowkit {name} --help`)"
+        )
     parser = _parser(f"cowkit {name}", "", "")
     _describe(parser, module)
     arguments = parser.parse_args(words)

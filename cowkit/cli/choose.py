@@ -60,7 +60,8 @@ def choose(base: str | None, source: str | None) -> ServerInfo:
 
 def _list(servers: list[ServerInfo]) -> str:
     return ", ".join(
-        f"{server.name} (pid {server.pid}, {f'base {server.base}' if server.base else 'blank'}, {server.uri})" for server in servers
+        f"{server.name} (pid {server.pid}, {f'base {server.base}' if server.base else 'blank'}, {server.uri})"
+        for server in servers
     )
 
 

@@ -92,7 +92,9 @@ class DiskCommands:
         for name in ("path", "base-path"):
             given = arguments.get(name, "/")
             if not os.path.isabs(given):
-                raise ControlError(f"{name} {given!r} is relative, and the server is in a directory of its own: make it absolute")
+                raise ControlError(
+                    f"{name} {given!r} is relative, and the server is in a directory of its own: make it absolute"
+                )
         backing_file = arguments.get("backing-file")
         refusal = self._disk.engine.base.backing_refusal
         if backing_file is None and refusal is not None:

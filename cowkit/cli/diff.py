@@ -34,7 +34,9 @@ PROGRESS_EVENT = "COWKIT_DIFF_PROGRESS"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `cowkit diff` takes."""
     file_argument(
-        parser.add_argument("-o", "--output", metavar="OUT", required=True, help="the qcow2 image to write; replaced if it exists")
+        parser.add_argument(
+            "-o", "--output", metavar="OUT", required=True, help="the qcow2 image to write; replaced if it exists"
+        )
     )
     parser.add_argument(
         "--backing",
@@ -78,7 +80,9 @@ class _Bar:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._shown:
             self._shown[0].stop()
 
@@ -95,7 +99,12 @@ class _Bar:
         from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+            TimeRemainingColumn(),
+        )
         progress = Progress(*columns, console=Console(stderr=True), transient=True)
         task = progress.add_task("diff", total=total)
         progress.start()

@@ -27,7 +27,10 @@ cowkit doctor --json | jq '.tools[] | select(.version == null).name'
 
 _SYSTEM_PATH = "/usr/local/sbin:/usr/sbin:/sbin"
 _TIMEOUT_SECONDS = 10
-_BINDING_PLACES = ("/usr/lib/python3/dist-packages/nbd.py", f"/usr/lib64/python3.{sys.version_info.minor}/site-packages/nbd.py")
+_BINDING_PLACES = (
+    "/usr/lib/python3/dist-packages/nbd.py",
+    f"/usr/lib64/python3.{sys.version_info.minor}/site-packages/nbd.py",
+)
 
 
 class Check(NamedTuple):
@@ -58,7 +61,9 @@ def run(arguments: argparse.Namespace) -> int:
                 {
                     "cowkit": cowkit.__version__,
                     "checks": [check._asdict() for check in checks],
-                    "tools": [{"name": tool.name, "purpose": tool.purpose, "version": versions[tool]} for tool in TOOLS],
+                    "tools": [
+                        {"name": tool.name, "purpose": tool.purpose, "version": versions[tool]} for tool in TOOLS
+                    ],
                     "install": install,
                 },
                 indent=2,
@@ -68,12 +73,17 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"cowkit {cowkit.__version__}")
         _print((check.name, "ok" if check.fine else "NOT OK", check.detail) for check in checks)
         print()
-        _print(((f"import {tool.name}" if tool.is_module else tool.name), versions[tool] or "missing", tool.purpose) for tool in TOOLS)
+        _print(
+            ((f"import {tool.name}" if tool.is_module else tool.name), versions[tool] or "missing", tool.purpose)
+            for tool in TOOLS
+        )
         if hidden := _hidden_binding():
             print(f"\n{hidden}")
         for what, line in install.items():
             if line:
-                print(f"\nto install what is missing ({what}):\n  {line}" if what == "apt" else f"or ({what}):\n  {line}")
+                print(
+                    f"\nto install what is missing ({what}):\n  {line}" if what == "apt" else f"or ({what}):\n  {line}"
+                )
     return 0 if all(check.fine for check in checks) else 1
 
 

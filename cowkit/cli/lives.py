@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import signal
 import threading
 from types import TracebackType
@@ -63,6 +64,36 @@ class ReadyLine:
             self._fd = -1
 
 
+def _may_be_replaced(path: str) -> None:
+    """Whether what is at ``path`` is the pid file of a process that is no more, or nothing.
+
+    :raises UsageError: it is something else, which somebody may miss, or that process is running.
+    """
+    try:
+        with open(path, "rb") as file:
+            said = file.read(32)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UsageError(f"cannot write the pid file {path}: {error.strerror}") from error
+    if said and not re.fullmatch(rb"[1-9][0-9]{0,9}\s*", said):
+        raise UsageError(
+            f"cannot write the pid file {path}: there is a file that is no pid file; choose another name, or remove it"
+        )
+    pid = int(said or b"0")
+    if pid in (0, os.getpid()):
+        return
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return
+    except PermissionError:
+        pass  # somebody else's, and running
+    raise UsageError(
+        f"cannot write the pid file {path}: it is that of process {pid}, which is running; choose another, or end that"
+    )
+
+
 class PidFile:
     """A file with the number of this process in it, complete when it appears, and removed in the end; a context manager.
 
@@ -72,6 +103,8 @@ class PidFile:
     def __init__(self, path: str) -> None:
         self._path = os.path.abspath(path)
         self._said = f"{os.getpid()}\n"
+        if "\0" not in path:
+            _may_be_replaced(path)
         new = f"{self._path}.{os.getpid()}"
         try:
             with open(new, "w", encoding="ascii") as file:
@@ -88,7 +121,9 @@ class PidFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             with open(self._path, encoding="ascii", errors="replace") as file:
                 ours = file.read(32) == self._said  # another may have taken the place

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import subprocess
 from types import FrameType
@@ -39,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help="keep what changed in OUT, a qcow2 image on top of BASE, whatever CMD's exit status (default: thrown away)",
         )
     )
-    keep.add_argument("--backing", metavar="NAME", help="with --diff: the name of the base to record in OUT (default: BASE's path)")
+    keep.add_argument(
+        "--backing", metavar="NAME", help="with --diff: the name of the base to record in OUT (default: BASE's path)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -104,7 +107,9 @@ def _tell(serving: Serving, arguments: argparse.Namespace) -> None:
 
 def _filled_in(command: list[str], serving: Serving) -> list[str]:
     assert serving.socket is not None
-    return [word.replace("{uri}", serving.uris[0]).replace("{socket}", serving.socket) for word in command]
+    known = {"uri": serving.uris[0], "socket": serving.socket}
+    # A shell's ${uri} is a variable of the environment, which has the same.
+    return [re.sub(r"(?<!\$)\{(uri|socket)\}", lambda found: known[found[1]], word) for word in command]
 
 
 def _environment(serving: Serving) -> dict[str, str]:

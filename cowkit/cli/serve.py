@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from contextlib import ExitStack
@@ -22,14 +23,14 @@ DESCRIPTION = (
     "Serve BASE over NBD as a disk that clients may write and wreck; BASE itself is never written, and what was written is "
     "thrown away at the end, unless `cowkit diff` keeps it first. The first line printed is the URI for clients, printed once "
     "they can connect. SIGTERM or ctrl-C ends it, SIGHUP does not. Started by a program that hands over a listening socket (systemd, or "
-    "`nbdinfo [ cowkit serve BASE ]`), it serves on that and prints nothing."
+    "`nbdinfo -- [ cowkit serve BASE ]`), it serves on that, prints nothing, and ends with that program."
 )
 EXAMPLES = """
 cowkit serve disk.img
 cowkit serve --size 10G --socket /tmp/blank.sock
 cowkit serve disk.img --tcp 127.0.0.1:10809
 cowkit serve disk.img --tcp 0.0.0.0:10809 --tls-certs /etc/pki/cowkit --tls-verify-peer
-nbdcopy [ cowkit serve disk.img ] null:
+nbdcopy -- [ cowkit serve disk.img ] null:
 """
 
 _ENDING = (signal.SIGINT, signal.SIGTERM)
@@ -41,13 +42,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_disk_arguments(parser)
     life = parser.add_argument_group("how long, and for whom")
     life.add_argument(
-        "--stdio", action="store_true", help="serve the one client at standard input and output, a socket or two pipes, and end with it"
+        "--stdio",
+        action="store_true",
+        help="serve the one client at standard input and output, a socket or two pipes, and end with it",
     )
-    life.add_argument("--once", action="store_true", help="end when the last client has left, after there was one that chose an export")
-    life.add_argument("--exit-with-parent", action="store_true", help="end when the process ends that started this one")
-    file_argument(life.add_argument("--pid-file", metavar="PATH", help="have the process id in PATH as long as clients can connect"))
     life.add_argument(
-        "--ready-fd", metavar="FD", type=int, help="write the URI, as a line, to the descriptor FD when clients can connect, and close it"
+        "--once",
+        action="store_true",
+        help="end when the last client has left, after there was one that chose an export",
+    )
+    life.add_argument("--exit-with-parent", action="store_true", help="end when the process ends that started this one")
+    file_argument(
+        life.add_argument(
+            "--pid-file", metavar="PATH", help="have the process id in PATH as long as clients can connect"
+        )
+    )
+    life.add_argument(
+        "--ready-fd",
+        metavar="FD",
+        type=int,
+        help="write the URI, as a line, to the descriptor FD when clients can connect, and close it",
     )
 
 
@@ -68,15 +82,18 @@ def run(arguments: argparse.Namespace) -> int:
 def _serve(arguments: argparse.Namespace) -> None:
     ending = Ending()
     with ExitStack() as stack:
-        if arguments.exit_with_parent:
+        listeners = _activated(arguments, stack)
+        # nbdinfo and nbdcopy start a server in brackets, and leave without ending it where they fail.
+        if arguments.exit_with_parent or (listeners and os.getppid() > 1):
             from cowkit.server.parent import ParentWatch
 
             stack.enter_context(ParentWatch(ending.ask))
-        listeners = _activated(arguments, stack)
         ready = None
         if arguments.ready_fd is not None:
             if arguments.ready_fd in [listener.fileno() for listener in listeners]:
-                raise UsageError(f"--ready-fd {arguments.ready_fd}: that descriptor is the socket that was handed over to serve on")
+                raise UsageError(
+                    f"--ready-fd {arguments.ready_fd}: that descriptor is the socket that was handed over to serve on"
+                )
             ready = ReadyLine(arguments.ready_fd)
             stack.callback(ready.close)
         stream = None
@@ -143,6 +160,8 @@ def _wait_and_draw(serving: Serving) -> None:
             clients = serving.disk.connections
             written = format_size(serving.server.written_bytes)
             # A Text, for a name in brackets is no markup
-            status.update(Text(f"{serving.disk.name}: {clients} client{'' if clients == 1 else 's'}, {written} written"))
+            status.update(
+                Text(f"{serving.disk.name}: {clients} client{'' if clients == 1 else 's'}, {written} written")
+            )
             if signal.sigtimedwait(_ENDING, _REDRAW_SECONDS):
                 return

@@ -39,7 +39,9 @@ if TYPE_CHECKING:
 def add_disk_arguments(parser: argparse.ArgumentParser) -> None:
     """What says which disk to serve, and where."""
     file_argument(
-        parser.add_argument("base", metavar="BASE", nargs="?", help="an image file, block device or NBD URI; it is never written")
+        parser.add_argument(
+            "base", metavar="BASE", nargs="?", help="an image file, block device or NBD URI; it is never written"
+        )
     )
     disk = parser.add_argument_group("the disk")
     disk.add_argument(
@@ -64,7 +66,9 @@ def add_disk_arguments(parser: argparse.ArgumentParser) -> None:
         help="BASE's: raw, xz, gz, zst, bz2, or QEMU's name of one, such as qcow2 (default: what BASE's name and content agree on)",
     )
     disk.add_argument("--offset", metavar="SIZE", default="0", help="begin that many bytes into BASE (default: 0)")
-    disk.add_argument("--partition", metavar="N", type=int, help="serve BASE's partition N, counted from 1, instead of the whole")
+    disk.add_argument(
+        "--partition", metavar="N", type=int, help="serve BASE's partition N, counted from 1, instead of the whole"
+    )
     disk.add_argument("--cow-on-read", action="store_true", help="copy what is read from BASE into the overlay")
     disk.add_argument("--cow-on-cache", action="store_true", help="copy what a cache request names into the overlay")
     file_argument(
@@ -76,7 +80,9 @@ def add_disk_arguments(parser: argparse.ArgumentParser) -> None:
     where = parser.add_argument_group("where clients connect")
     file_argument(
         where.add_argument(
-            "--socket", metavar="PATH", help="a Unix socket at PATH, of at most 107 bytes (default: one in a private directory)"
+            "--socket",
+            metavar="PATH",
+            help="a Unix socket at PATH, of at most 107 bytes (default: one in a private directory)",
         )
     )
     where.add_argument(
@@ -85,9 +91,14 @@ def add_disk_arguments(parser: argparse.ArgumentParser) -> None:
         help="TCP instead, or as well; port 0 takes any free one, and without HOST it is the loopback address. Whoever can connect "
         "may read and write, unless TLS says otherwise",
     )
-    where.add_argument("--vsock", metavar="PORT", type=int, help="a vsock port for guests, instead or as well; 0 takes any free one")
     where.add_argument(
-        "--export-name", metavar="NAME", default="", help="what clients may ask for (default: the empty name, which always works)"
+        "--vsock", metavar="PORT", type=int, help="a vsock port for guests, instead or as well; 0 takes any free one"
+    )
+    where.add_argument(
+        "--export-name",
+        metavar="NAME",
+        default="",
+        help="what clients may ask for (default: the empty name, which always works)",
     )
     where.add_argument("--description", metavar="TEXT", default="", help="what the export is, for people")
     may = parser.add_argument_group("what clients may do")
@@ -99,7 +110,9 @@ def add_disk_arguments(parser: argparse.ArgumentParser) -> None:
         help="who shares a disk: all clients; those that ask for the same export name, where any name will do; or nobody: each "
         "connection has its own, gone when it leaves (default: all). There is no checkpoint and no diff but with `all`",
     )
-    may.add_argument("--max-exports", metavar="N", type=int, help="with --share export: how many names there may be (default: 64)")
+    may.add_argument(
+        "--max-exports", metavar="N", type=int, help="with --share export: how many names there may be (default: 64)"
+    )
     file_argument(
         may.add_argument(
             "--tls-certs",
@@ -115,11 +128,15 @@ def add_disk_arguments(parser: argparse.ArgumentParser) -> None:
     )
     file_argument(
         may.add_argument(
-            "--tls-psk", metavar="FILE", help="encrypt, with the pre-shared keys in FILE, which psktool makes; needs Python 3.13"
+            "--tls-psk",
+            metavar="FILE",
+            help="encrypt, with the pre-shared keys in FILE, which psktool makes; needs Python 3.13",
         )
     )
     may.add_argument(
-        "--tls", choices=("on", "require"), help="whether clients may or must encrypt (default: they must, with --tls-certs or --tls-psk)"
+        "--tls",
+        choices=("on", "require"),
+        help="whether clients may or must encrypt (default: they must, with --tls-certs or --tls-psk)",
     )
 
 
@@ -156,7 +173,9 @@ class Serving:
             self._undo = undo.pop_all()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._undo.__exit__(kind, error, trace)
 
     def _open(self, undo: ExitStack) -> None:
@@ -183,6 +202,7 @@ class Serving:
         self.server = self._listen(directory)
         """Who serves it."""
         undo.callback(self.server.stop)  # before its directory goes
+        undo.callback(self.disk.engine.base.interrupt)  # or that waits for as long as the base makes a client wait
         self.socket = self.server.socket
         """The path of a Unix socket for NBD clients; None with TCP or an activated socket alone."""
         base = self.disk.engine.base

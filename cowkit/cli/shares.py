@@ -11,7 +11,9 @@ from cowkit.server.control import Command, CommandContext
 _OF_ONE_DISK = ("cowkit-query-checkpoints", "cowkit-checkpoint", "cowkit-rollback", "cowkit-reset", "cowkit-diff")
 
 
-def shared_commands(commands: Mapping[str, Command], share: str, written_bytes: Callable[[], int]) -> dict[str, Command]:
+def shared_commands(
+    commands: Mapping[str, Command], share: str, written_bytes: Callable[[], int]
+) -> dict[str, Command]:
     """``commands`` of a server with ``--share``: those that are about one disk refuse where there are several.
 
     ``cowkit-query-disk`` tells ``share``, and as ``dirty-bytes`` what was written on all the disks together.

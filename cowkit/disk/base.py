@@ -104,6 +104,9 @@ class Base(Counted):
     def will_need(self, offset: int, length: int) -> None:
         """A hint that the range is soon read."""
 
+    def interrupt(self) -> None:
+        """The disk is about to be closed: have reads that wait for somebody else end now, with an error. From any thread."""
+
     @abstractmethod
     def verify(self) -> None:
         """Look whether the base is still what it was when it was opened.

@@ -27,13 +27,17 @@ class ParentWatch:
         # A process whose parent has ended is given to process 1, or to another that takes in such children and cannot be
         # told from a parent: the sooner this is called, the better.
         if parent <= 1:
-            raise ListenError("--exit-with-parent: the parent process has ended already, or is none that can be watched")
+            raise ListenError(
+                "--exit-with-parent: the parent process has ended already, or is none that can be watched"
+            )
         try:
             self._pidfd = os.pidfd_open(parent)
         except ProcessLookupError:
             self._pidfd = -1
         except OSError as error:
-            raise ListenError(f"--exit-with-parent: the system cannot watch process {parent}: {error.strerror}") from error
+            raise ListenError(
+                f"--exit-with-parent: the system cannot watch process {parent}: {error.strerror}"
+            ) from error
         if os.getppid() != parent:  # it ended meanwhile, and the pidfd may be a stranger's
             self._forget()
         self._over = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)

@@ -112,7 +112,9 @@ def take_standard_streams() -> Stream:
         stream = PipeStream(0, 1)
     else:
         which = "output" if stat.S_ISFIFO(into.st_mode) else "input"
-        raise ListenError(f"standard {which} is neither a socket nor a pipe: {_ASKED}, as a program that starts cowkit makes")
+        raise ListenError(
+            f"standard {which} is neither a socket nor a pipe: {_ASKED}, as a program that starts cowkit makes"
+        )
     nowhere = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     try:
         if os.path.samestat(os.fstat(2), into):

@@ -5,7 +5,15 @@ from __future__ import annotations
 import signal
 import threading
 
-_OF_THE_THREAD = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT, signal.SIGTRAP, signal.SIGSYS}
+_OF_THE_THREAD = {
+    signal.SIGSEGV,
+    signal.SIGBUS,
+    signal.SIGFPE,
+    signal.SIGILL,
+    signal.SIGABRT,
+    signal.SIGTRAP,
+    signal.SIGSYS,
+}
 _OF_THE_PROCESS = signal.valid_signals() - _OF_THE_THREAD
 
 

@@ -108,7 +108,9 @@ def runtime_dir() -> Path:
             refusal = _refusal(directory)
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
-        raise ListenError(f"cannot make the runtime directory {directory}: {why}; COWKIT_RUNTIME_DIR names another") from error
+        raise ListenError(
+            f"cannot make the runtime directory {directory}: {why}; COWKIT_RUNTIME_DIR names another"
+        ) from error
     if refusal:
         raise ListenError(f"the runtime directory {directory} is not safe: {refusal}; COWKIT_RUNTIME_DIR names another")
     from pathlib import Path
@@ -292,7 +294,9 @@ def publish(directory: Path, info: ServerInfo) -> None:
 
 def _published(fd: int) -> ServerInfo | None:
     try:
-        with open(os.open(SERVER_FILE, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=fd), encoding="ascii") as file:
+        with open(
+            os.open(SERVER_FILE, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=fd), encoding="ascii"
+        ) as file:
             value = json.load(file)
         return ServerInfo.from_json(value) if value["version"] == _SERVER_FILE_VERSION else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -317,6 +321,10 @@ def running() -> list[ServerInfo]:
             continue  # nobody serves anything from there
         except OSError as error:
             refusal = f"cannot read it: {error.strerror}"
-        if refusal and not number:  # a stranger's directory in a place that is not ours to use anyway hides nothing of ours
-            raise ControlError(f"the runtime directory {candidate} is not safe: {refusal}; COWKIT_RUNTIME_DIR names another")
+        if (
+            refusal and not number
+        ):  # a stranger's directory in a place that is not ours to use anyway hides nothing of ours
+            raise ControlError(
+                f"the runtime directory {candidate} is not safe: {refusal}; COWKIT_RUNTIME_DIR names another"
+            )
     return sorted(found, key=lambda info: info.started)

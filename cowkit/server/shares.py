@@ -242,6 +242,8 @@ def share_disk(
         most = DEFAULT_MAX_EXPORTS if max_exports is None else max_exports
         return DiskPerExport(disk, name, description, read_only=read_only, most=most)
     if max_exports is not None:
-        raise UsageError(f"a limit of {max_exports} exports goes with a disk for each export name (share 'export') alone")
+        raise UsageError(
+            f"a limit of {max_exports} exports goes with a disk for each export name (share 'export') alone"
+        )
     kind = OneDisk if share == "all" else DiskPerConnection
     return kind(disk, name, description, read_only=read_only)

@@ -58,16 +58,24 @@ def load_tls(
     """
     if choice is not None and choice not in get_args(TlsChoice):
         raise UsageError(f"TLS is one of {', '.join(get_args(TlsChoice))}, not {choice!r}")
+    if verify_peer and choice == "on":
+        raise UsageError(
+            "clients that may do without TLS show no certificate to verify: leave out `on`, or the verifying"
+        )
     mode: TlsMode = "allow" if choice == "on" else "require"
     if certs is not None and psk is not None:
         raise UsageError("TLS goes by certificates or by pre-shared keys: give one of the two")
     if psk is not None:
         if verify_peer:
-            raise UsageError("with pre-shared keys there is no certificate of the client's to verify: it has the key, or not")
+            raise UsageError(
+                "with pre-shared keys there is no certificate of the client's to verify: it has the key, or not"
+            )
         return Tls(mode, _psk_context(os.fspath(psk)))
     if certs is None:
         what = "verifying clients" if verify_peer else "TLS"
-        raise UsageError(f"{what} needs the server's credentials: a directory of certificates, or a file of pre-shared keys")
+        raise UsageError(
+            f"{what} needs the server's credentials: a directory of certificates, or a file of pre-shared keys"
+        )
     return Tls(mode, _certificates_context(os.fspath(certs), verify_peer))
 
 
@@ -113,6 +121,8 @@ def _load_authority(context: ssl.SSLContext, path: str) -> None:
 
 
 def _readable(path: str) -> None:
+    if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for a writer
+        raise UsageError(f"cannot read {path}, which TLS needs: it is no regular file")
     try:
         with open(path, "rb"):
             pass
@@ -157,7 +167,9 @@ def _read_keys(path: str) -> dict[str, bytes]:
         except ValueError:
             key = b""
         if not name or not colon or not key:
-            raise UsageError(f"{path}, line {number}, is no NAME:KEY with the key in hexadecimal digits, as psktool makes it")
+            raise UsageError(
+                f"{path}, line {number}, is no NAME:KEY with the key in hexadecimal digits, as psktool makes it"
+            )
         keys[name] = key
     if not keys:
         raise UsageError(f"{path} holds no pre-shared key: make one with psktool")

@@ -33,7 +33,9 @@ def with_boo(base: Path) -> bytes:
     return bytes(data)
 
 
-def test_it_finds_the_server_of_the_base_and_keeps_what_changed(base: Path, tmp_path: Path, serve: Serve, cowkit: Run) -> None:
+def test_it_finds_the_server_of_the_base_and_keeps_what_changed(
+    base: Path, tmp_path: Path, serve: Serve, cowkit: Run
+) -> None:
     server = serve(base)
     write(server.uri, b"boo", 4097)
     done = cowkit("diff", "--base", base, "-o", "diff.qcow2")
@@ -56,7 +58,9 @@ def test_qemu_reads_it_on_top_of_the_base(base: Path, tmp_path: Path, serve: Ser
 
 
 @pytest.mark.parametrize("spelling", ["disk.img", "./disk.img", "sub/../disk.img", "link.img", "hard.img"])
-def test_the_base_is_found_under_any_of_its_names(base: Path, tmp_path: Path, serve: Serve, cowkit: Run, spelling: str) -> None:
+def test_the_base_is_found_under_any_of_its_names(
+    base: Path, tmp_path: Path, serve: Serve, cowkit: Run, spelling: str
+) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "link.img").symlink_to(base)
     os.link(base, tmp_path / "hard.img")
@@ -148,7 +152,9 @@ def test_a_server_is_chosen_by_name_pid_uri_or_control_socket(base: Path, serve:
             assert report["changed_bytes"] == 4096
 
 
-def test_a_control_socket_of_another_runtime_directory_will_do(base: Path, tmp_path: Path, serve: Serve, cowkit: Run) -> None:
+def test_a_control_socket_of_another_runtime_directory_will_do(
+    base: Path, tmp_path: Path, serve: Serve, cowkit: Run
+) -> None:
     serve(base)
     elsewhere = str(tmp_path / "elsewhere")
     options = ("--from", running()[0].control, "-o", "diff.qcow2")
@@ -187,7 +193,12 @@ def test_two_servers_of_one_base_are_listed(base: Path, serve: Serve, cowkit: Ru
 def test_an_unknown_server_is_said(base: Path, tmp_path: Path, serve: Serve, cowkit: Run) -> None:
     serve(base)
     (tmp_path / "other.img").write_bytes(b"other")
-    for arguments in (("--from", "nobody"), ("--from", base), ("--from", "1"), ("--from", "disk.img", "--base", "other.img")):
+    for arguments in (
+        ("--from", "nobody"),
+        ("--from", base),
+        ("--from", "1"),
+        ("--from", "disk.img", "--base", "other.img"),
+    ):
         assert "these are running: disk.img (pid " in complaint(cowkit("diff", *arguments, "-o", "diff.qcow2"))
 
 
@@ -208,7 +219,16 @@ def test_an_output_that_cannot_be_is_one_clear_line(base: Path, tmp_path: Path, 
     (tmp_path / "link.img").symlink_to(base)
     os.link(base, tmp_path / "hard.img")
     (tmp_path / "directory").mkdir()
-    for output in ("disk.img", "link.img", "hard.img", "directory", "none/diff.qcow2", "/dev/full", "x" * 300, "disk.img/x"):
+    for output in (
+        "disk.img",
+        "link.img",
+        "hard.img",
+        "directory",
+        "none/diff.qcow2",
+        "/dev/full",
+        "x" * 300,
+        "disk.img/x",
+    ):
         complaint(cowkit("diff", "--base", base, "-o", output))
     assert base.read_bytes() == before
     assert {entry.name for entry in tmp_path.iterdir()} == {"disk.img", "link.img", "hard.img", "directory"}
@@ -228,7 +248,9 @@ def test_a_full_disk_is_one_clear_line_and_the_old_output_survives(
     assert read(server.uri, 1, 0)
 
 
-def test_a_base_that_changed_while_served_is_one_clear_line(base: Path, tmp_path: Path, serve: Serve, cowkit: Run) -> None:
+def test_a_base_that_changed_while_served_is_one_clear_line(
+    base: Path, tmp_path: Path, serve: Serve, cowkit: Run
+) -> None:
     serve(base)
     os.utime(base, ns=(1, 1))
     assert "changed while it was in use" in complaint(cowkit("diff", "--base", base, "-o", "diff.qcow2"))
@@ -345,13 +367,26 @@ def test_progress_is_told_on_the_wire(base: Path, monkeypatch: pytest.MonkeyPatc
     with CowDisk(base) as disk:
         disk.pwrite(os.urandom(1 << 20), 0)
         command = DiskCommands(disk, info(disk), quit=None).table()["cowkit-diff"]
-        command.run(CommandContext(lambda name, data: seen.append((name, data))), {"path": str(tmp_path / "diff.qcow2")})
+        command.run(
+            CommandContext(lambda name, data: seen.append((name, data))), {"path": str(tmp_path / "diff.qcow2")}
+        )
     assert seen
     assert seen[-1] == ("COWKIT_DIFF_PROGRESS", {"done": 1 << 20, "total": 1 << 20})
 
 
 def test_it_starts_without_what_takes_long_to_import() -> None:
     code = "import sys; from cowkit.cli.arguments import parse; parse(['diff', '-o', 'x']); print(*sys.modules)"
-    loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    loaded = set(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    )
     assert "cowkit.server.control" in loaded
-    assert not loaded & {"rich", "asyncio", "qemu.qmp", "subprocess", "pathlib", "cowkit.diff", "cowkit.disk", "cowkit.cow_disk"}
+    assert not loaded & {
+        "rich",
+        "asyncio",
+        "qemu.qmp",
+        "subprocess",
+        "pathlib",
+        "cowkit.diff",
+        "cowkit.disk",
+        "cowkit.cow_disk",
+    }

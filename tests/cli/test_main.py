@@ -48,7 +48,9 @@ def test_each_commands_help_says_what_it_does_and_ends_with_examples(name: str, 
 def test_help_in_a_terminal_says_the_same(cowkit: Run) -> None:
     ours, theirs = pty.openpty()
     try:
-        subprocess.run([*COWKIT, "run", "--help"], stdout=theirs, check=True, env={**os.environ, "COLUMNS": "80", "TERM": "xterm"})
+        subprocess.run(
+            [*COWKIT, "run", "--help"], stdout=theirs, check=True, env={**os.environ, "COLUMNS": "80", "TERM": "xterm"}
+        )
         shown = ""
         while "my-test" not in shown:
             shown += os.read(ours, 100000).decode()
@@ -189,7 +191,8 @@ def test_what_cowkit_itself_lacks_is_a_no(cowkit: Run, runtime: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("script", "version"), [("echo tool 1.2.3-4", "1.2.3"), ("echo hello; exit 3", "?"), ("echo x 5.0 >&2", "5.0"), (None, None)]
+    ("script", "version"),
+    [("echo tool 1.2.3-4", "1.2.3"), ("echo hello; exit 3", "?"), ("echo x 5.0 >&2", "5.0"), (None, None)],
 )
 def test_a_tools_version_is_found_in_what_it_prints(
     script: str | None, version: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

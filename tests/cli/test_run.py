@@ -36,7 +36,9 @@ def test_the_command_gets_the_disk_by_arguments_and_environment(base: Path, cowk
 
 
 def test_with_tcp_there_is_a_unix_socket_too(cowkit: Run) -> None:
-    done = cowkit("run", "--size", "1M", "--tcp", "127.0.0.1:0", "--", "sh", "-c", 'test -S "$unixsocket" && echo {uri}')
+    done = cowkit(
+        "run", "--size", "1M", "--tcp", "127.0.0.1:0", "--", "sh", "-c", 'test -S "$unixsocket" && echo {uri}'
+    )
     assert done.stdout.startswith("nbd://127.0.0.1:")
 
 
@@ -45,7 +47,11 @@ def test_with_tcp_there_is_a_unix_socket_too(cowkit: Run) -> None:
 def test_it_ends_with_the_commands_status_and_a_summary(base: Path, cowkit: Run, status: int) -> None:
     before = base.read_bytes()
     done = cowkit("run", base, "--", sys.executable, "-c", WRITE, "{uri}", status)
-    assert (done.returncode, done.stdout, done.stderr) == (status, "", f"cowkit: 4 KiB written to {base}, thrown away\n")
+    assert (done.returncode, done.stdout, done.stderr) == (
+        status,
+        "",
+        f"cowkit: 4 KiB written to {base}, thrown away\n",
+    )
     assert base.read_bytes() == before
 
 
@@ -130,7 +136,9 @@ def test_ctrl_c_is_the_commands_own_affair() -> None:
 def test_the_command_can_be_interrupted_as_without_cowkit() -> None:
     code = "import signal; print(signal.getsignal(signal.SIGINT), signal.pthread_sigmask(signal.SIG_BLOCK, []))"
     bare = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
-    under = subprocess.run([*COWKIT, "run", "--size", "1M", "--", sys.executable, "-c", code], capture_output=True, check=True)
+    under = subprocess.run(
+        [*COWKIT, "run", "--size", "1M", "--", sys.executable, "-c", code], capture_output=True, check=True
+    )
     assert under.stdout == bare.stdout
 
 
@@ -155,7 +163,9 @@ def test_it_can_be_found_and_controlled_but_not_quit(cowkit: Run) -> None:
     assert cowkit("run", "--size", "1M", "--", sys.executable, "-W", "ignore", "-c", ask).stdout == "True False\n"
 
 
-@pytest.mark.parametrize(("output", "reason"), [("missing/out", "no directory"), ("disk.img", "the same file"), (".", "a directory")])
+@pytest.mark.parametrize(
+    ("output", "reason"), [("missing/out", "no directory"), ("disk.img", "the same file"), (".", "a directory")]
+)
 def test_where_the_difference_goes_is_looked_at_before_the_command_runs(
     base: Path, tmp_path: Path, cowkit: Run, output: str, reason: str
 ) -> None:
@@ -170,7 +180,16 @@ def test_what_ends_cowkit_while_it_writes_the_difference_leaves_nothing(tmp_path
     output.mkdir()
     (output / "diff.qcow2").write_bytes(b"old")
     code = "import sys, nbd\nh = nbd.NBD()\nh.connect_uri(sys.argv[1])\nfor i in range(20): h.pwrite(b'x' * (10 << 20), i * (10 << 20))"
-    command: list[str | Path] = [*COWKIT, "run", "--size", "1G", "--socket", output / "s.sock", "--diff", output / "diff.qcow2"]
+    command: list[str | Path] = [
+        *COWKIT,
+        "run",
+        "--size",
+        "1G",
+        "--socket",
+        output / "s.sock",
+        "--diff",
+        output / "diff.qcow2",
+    ]
     with subprocess.Popen([*command, "--", sys.executable, "-c", code, "{uri}"], stderr=subprocess.DEVNULL) as process:
         while not list(output.glob(".cowkit-*")):
             assert process.poll() is None

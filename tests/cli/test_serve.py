@@ -85,7 +85,18 @@ def test_a_blank_disk_and_a_larger_one(base: Path, serve: Serve) -> None:
 
 def test_the_disks_options_reach_the_disk(tmp_path: Path, serve: Serve) -> None:
     (tmp_path / "odd").write_bytes(b"x" * 130_000)
-    options = ("--block-size", "64K", "--cow-on-read", "--cow-on-cache", "--name", "me", "--export-name", "my disk", "--tmpdir", tmp_path)
+    options = (
+        "--block-size",
+        "64K",
+        "--cow-on-read",
+        "--cow-on-cache",
+        "--name",
+        "me",
+        "--export-name",
+        "my disk",
+        "--tmpdir",
+        tmp_path,
+    )
     for how, size in (("exact", 130_000), ("down", 65536), ("up", 131_072)):
         server = serve("odd", "--round", how, *options)
         (info,) = running()
@@ -180,7 +191,17 @@ def test_it_starts_without_what_takes_long_to_import() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
     assert {"cowkit.cow_disk", "socket", "argparse"} <= loaded
-    assert not loaded & {"rich", "rich_argparse", "shtab", "asyncio", "qemu.qmp", "subprocess", "ctypes", "pytest", "cowkit.diff"}
+    assert not loaded & {
+        "rich",
+        "rich_argparse",
+        "shtab",
+        "asyncio",
+        "qemu.qmp",
+        "subprocess",
+        "ctypes",
+        "pytest",
+        "cowkit.diff",
+    }
 
 
 # What makes no sense: one clear line each
@@ -234,4 +255,6 @@ def test_an_unreadable_base_is_one_clear_line(base: Path) -> None:
 def test_an_unsafe_runtime_directory_is_one_clear_line(base: Path, tmp_path: Path, cowkit: Run) -> None:
     (tmp_path / "open").mkdir(mode=0o755)
     for command in (("serve", base), ("ls",)):
-        assert "is not safe: others may enter it" in complaint(cowkit(*command, COWKIT_RUNTIME_DIR=str(tmp_path / "open")))
+        assert "is not safe: others may enter it" in complaint(
+            cowkit(*command, COWKIT_RUNTIME_DIR=str(tmp_path / "open"))
+        )

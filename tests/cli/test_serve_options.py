@@ -24,7 +24,13 @@ pytestmark = pytest.mark.requires(modules=["nbd"])
 
 def run(*command: object, given: str | None = None, pass_fds: tuple[int, ...] = ()) -> Done:
     return subprocess.run(
-        list(map(str, command)), input=given, pass_fds=pass_fds, capture_output=True, text=True, timeout=PATIENCE, check=False
+        list(map(str, command)),
+        input=given,
+        pass_fds=pass_fds,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
     )
 
 
@@ -33,7 +39,9 @@ def run(*command: object, given: str | None = None, pass_fds: tuple[int, ...] = 
 
 @pytest.mark.requires("nbdinfo", "nbdcopy")
 def test_nbdinfo_and_nbdcopy_start_it_and_hear_nothing_but_nbd(base: Path, tmp_path: Path) -> None:
-    info = run("nbdinfo", "--json", "--", "[", *COWKIT, "serve", "--export-name", "", "--description", "for a test", base, "]")
+    info = run(
+        "nbdinfo", "--json", "--", "[", *COWKIT, "serve", "--export-name", "", "--description", "for a test", base, "]"
+    )
     assert (info.returncode, info.stderr) == (0, "")
     (export,) = json.loads(info.stdout)["exports"]
     assert (export["export-size"], export["description"], export["is_read_only"]) == (1 << 20, "for a test", False)
@@ -96,7 +104,9 @@ def test_at_a_socket_it_ends_with_its_client(base: Path, streams: int) -> None:
     """Three streams: inetd's way, where standard error would get in between the bytes."""
     ours, theirs = socket.socketpair()
     error = theirs.fileno() if streams == 3 else subprocess.PIPE
-    process = subprocess.Popen([*COWKIT, "serve", "--stdio", str(base)], stdin=theirs.fileno(), stdout=theirs.fileno(), stderr=error)
+    process = subprocess.Popen(
+        [*COWKIT, "serve", "--stdio", str(base)], stdin=theirs.fileno(), stdout=theirs.fileno(), stderr=error
+    )
     theirs.close()
     with ours, process:
         ours.settimeout(PATIENCE)
@@ -148,7 +158,9 @@ def test_standard_streams_that_are_no_connection_are_said_so(base: Path, tmp_pat
 
 
 @pytest.mark.requires("openssl", "nbdinfo")
-def test_nbds_with_a_client_certificate_and_a_client_without_one_refused(base: Path, serve: Serve, tmp_path: Path) -> None:
+def test_nbds_with_a_client_certificate_and_a_client_without_one_refused(
+    base: Path, serve: Serve, tmp_path: Path
+) -> None:
     certificates = make_certificates(tmp_path / "certificates")
     server = serve(base, "--tcp", "localhost:0", "--tls-certs", certificates.server, "--tls-verify-peer")
     assert server.uri.startswith("nbds://")
@@ -164,7 +176,9 @@ def test_nbds_with_a_client_certificate_and_a_client_without_one_refused(base: P
 def test_a_command_is_run_with_an_nbds_uri_of_a_unix_socket(base: Path, cowkit: Run, tmp_path: Path) -> None:
     certificates = make_certificates(tmp_path / "certificates")
     options = ("--tls-certs", certificates.server, "--tls", "on")
-    done = cowkit("run", base, *options, "--", "nbdinfo", "--size", "{uri}&tls-certificates=" + str(certificates.client))
+    done = cowkit(
+        "run", base, *options, "--", "nbdinfo", "--size", "{uri}&tls-certificates=" + str(certificates.client)
+    )
     assert (done.returncode, done.stdout) == (0, f"{1 << 20}\n")
 
 
@@ -198,7 +212,9 @@ def test_connections_have_disks_of_their_own(base: Path, serve: Serve) -> None:
 
 
 def test_a_unix_socket_and_tcp_share_the_exports(base: Path, serve: Serve, runtime: Path) -> None:
-    server = serve(base, "--share", "export", "--tcp", "0", "--socket", runtime.parent / "my.sock", "--export-name", "x")
+    server = serve(
+        base, "--share", "export", "--tcp", "0", "--socket", runtime.parent / "my.sock", "--export-name", "x"
+    )
     write(server.uri, b"both", 0)
     assert read(running()[0].uris[1], 4, 0) == b"both"
 
@@ -269,7 +285,9 @@ def test_the_pid_file_is_there_as_long_as_it_serves(base: Path, serve: Serve, tm
 def test_the_ready_descriptor_gets_the_uri_when_clients_can_connect_and_is_closed(base: Path) -> None:
     ours, theirs = os.pipe()
     command = [*COWKIT, "serve", str(base), "--ready-fd", str(theirs)]
-    with subprocess.Popen(command, pass_fds=[theirs], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, pass_fds=[theirs], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         os.close(theirs)
         with open(ours, encoding="utf-8") as file:
             said = file.read()
@@ -284,7 +302,9 @@ def test_a_ready_descriptor_that_nobody_reads_makes_no_difference(base: Path) ->
     ours, theirs = os.pipe()
     os.close(ours)
     command = [*COWKIT, "serve", str(base), "--ready-fd", str(theirs)]
-    with subprocess.Popen(command, pass_fds=[theirs], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, pass_fds=[theirs], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         os.close(theirs)
         assert process.stdout
         write(process.stdout.readline().strip(), b"x", 0)
@@ -345,3 +365,87 @@ def test_a_ready_descriptor_that_is_for_reading_is_said_so(base: Path) -> None:
 def test_a_difference_of_several_disks_is_no_use(base: Path, cowkit: Run) -> None:
     done = cowkit("run", base, "--share", "connection", "--diff", "x.qcow2", "--", "true")
     assert complaint(done) == "--diff keeps what changed on one disk, and with --share connection there are several"
+
+
+def test_a_pid_file_replaces_nothing_but_the_pid_file_of_a_process_that_is_no_more(
+    base: Path, tmp_path: Path, cowkit: Run, serve: Serve
+) -> None:
+    before = base.read_bytes()
+    for precious in (base, tmp_path / "notes"):
+        if not precious.exists():
+            precious.write_text("12 eggs")
+        said = complaint(cowkit("serve", base, "--pid-file", precious))
+        assert "no pid file" in said
+    assert base.read_bytes() == before
+    assert (tmp_path / "notes").read_text() == "12 eggs"
+    server = serve(base, "--pid-file", "pid")
+    assert f"process {server.pid}, which is running" in complaint(cowkit("serve", base, "--pid-file", "pid"))
+    server.process.kill()
+    server.process.communicate()
+    again = serve(base, "--pid-file", "pid")
+    assert (tmp_path / "pid").read_text() == f"{again.pid}\n"
+    again.end()
+
+
+@pytest.mark.requires("qemu-img", "qemu-nbd")
+def test_a_base_that_never_answers_does_not_keep_the_server_from_ending(tmp_path: Path, serve: Serve) -> None:
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", tmp_path / "d.qcow2", "64M"], check=True)
+    server = serve("d.qcow2")
+    children = Path(f"/proc/{server.pid}/task").glob("*/children")
+    (helper,) = [int(pid) for each in children for pid in each.read_text().split()]
+    os.kill(helper, signal.SIGSTOP)
+    reader = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys, nbd\nh = nbd.NBD()\nh.connect_uri(sys.argv[1])\nprint('in', flush=True)\nh.pread(65536, 8 << 20)",
+            server.uri,
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    assert reader.stdout
+    assert reader.stdout.readline() == b"in\n"
+    status, _, _ = server.end()
+    assert status == 0
+    reader.communicate(timeout=PATIENCE)
+    assert not Path(f"/proc/{helper}").exists()
+
+
+def test_a_server_in_brackets_ends_with_the_program_that_began_it(base: Path) -> None:
+    code = (
+        "import os, socket, subprocess, sys\n"
+        "listener = socket.socket(socket.AF_UNIX); listener.bind('activated.sock'); listener.listen()\n"
+        "def hand_over():\n"
+        "    os.environ.update(LISTEN_FDS='1', LISTEN_PID=str(os.getpid()))\n"
+        "    os.dup2(listener.fileno(), 3); os.set_inheritable(3, True); os.execv(sys.argv[1], sys.argv[1:])\n"
+        "pid = os.fork()\n"
+        "if not pid: hand_over()\n"
+        "listener.close(); client = socket.socket(socket.AF_UNIX); client.connect('activated.sock'); assert client.recv(18)\n"
+        "print(pid, flush=True)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *COWKIT, "serve", base],
+        cwd=base.parent,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=True,
+    )
+    pid = int(done.stdout)
+    fd = os.pidfd_open(pid) if Path(f"/proc/{pid}").exists() else None
+    if fd is not None:
+        assert select.select([fd], [], [], PATIENCE)[0]
+        os.close(fd)
+
+
+@pytest.mark.parametrize(("uri", "replaced"), [("{uri}", True), ("${uri}", True), ("x{socket}y", True)])
+def test_braces_of_a_shell_are_the_shells(cowkit: Run, uri: str, replaced: bool) -> None:
+    done = cowkit("run", "--size", "1M", "--", "sh", "-c", f'printf %s "{uri}"')
+    assert ("nbd+unix:///?socket=" in done.stdout or "nbd.sock" in done.stdout) is replaced
+    assert "$" not in done.stdout
+
+
+def test_a_difference_is_no_backing_file_of_its_own(base: Path, cowkit: Run) -> None:
+    said = complaint(cowkit("run", base, "--diff", "o.qcow2", "--backing", "o.qcow2", "--", "true"))
+    assert "its own backing file" in said

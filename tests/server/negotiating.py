@@ -19,7 +19,6 @@ FIXED_NEWSTYLE = b"\0\0\0\1"
 NO_ZEROES_TOO = b"\0\0\0\3"
 
 
-
 class Offer:
     """Exports by name; writes down what it is asked."""
 

@@ -188,7 +188,10 @@ def test_our_client_gets_results_events_and_errors(server: ControlServer, path: 
 
 def test_an_answer_may_be_far_longer_than_a_request(path: Path) -> None:
     large = ["x" * 1000] * 20_000
-    with ControlServer(path, {"large": Command(lambda context, arguments: large)}, version="1"), ControlClient(path) as client:
+    with (
+        ControlServer(path, {"large": Command(lambda context, arguments: large)}, version="1"),
+        ControlClient(path) as client,
+    ):
         assert client.execute("large") == large
 
 
@@ -253,7 +256,10 @@ def test_no_socket_can_be_had_twice_at_one_path(server: ControlServer, path: Pat
 
 def test_answers_come_in_the_order_of_the_commands(server: ControlServer, path: Path, commands: Commands) -> None:
     with Raw(path) as client:
-        client.send(b'{"execute": "long", "id": 0}' + b'{"execute": "query-version", "id": 1} nonsense\n{"execute": "nix", "id": 2}')
+        client.send(
+            b'{"execute": "long", "id": 0}'
+             b'{"execute": "query-version", "id": 1} nonsense\n{"execute": "nix", "id": 2}'
+        )
         assert client.read()["event"] == "STARTED"
         commands.release.set()
         assert client.read() == {"return": "done", "id": 0}
@@ -264,11 +270,15 @@ def test_answers_come_in_the_order_of_the_commands(server: ControlServer, path: 
 
 def test_a_thousand_commands_at_once_are_all_answered(server: ControlServer, path: Path) -> None:
     with Raw(path) as client:
-        client.send(b"".join(b'{"execute": "echo", "arguments": {"text": ""}, "id": %d}' % number for number in range(1000)))
+        client.send(
+            b"".join(b'{"execute": "echo", "arguments": {"text": ""}, "id": %d}' % number for number in range(1000))
+        )
         assert [client.read()["id"] for _ in range(1000)] == list(range(1000))
 
 
-def test_a_long_command_holds_up_no_other_client_and_no_event(server: ControlServer, path: Path, commands: Commands) -> None:
+def test_a_long_command_holds_up_no_other_client_and_no_event(
+    server: ControlServer, path: Path, commands: Commands
+) -> None:
     with Raw(path) as busy, ControlClient(path) as other:
         busy.send(b'{"execute": "long"}')
         assert busy.read()["event"] == "STARTED"
@@ -299,7 +309,9 @@ def test_a_client_that_hangs_up_gives_up_its_command(server: ControlServer, path
     assert server.errors == [], "what waited behind it was not run"
 
 
-def test_a_client_that_only_ends_its_input_gets_its_answers(server: ControlServer, path: Path, commands: Commands) -> None:
+def test_a_client_that_only_ends_its_input_gets_its_answers(
+    server: ControlServer, path: Path, commands: Commands
+) -> None:
     with Raw(path) as client:
         client.send(b'{"execute": "long"}{"execute": "echo", "arguments": {"text": "last"}}')
         client.socket.shutdown(socket.SHUT_WR)
@@ -425,7 +437,9 @@ def test_a_client_that_asks_and_never_reads_is_not_read_from_without_end(server:
         assert sent < 100_000_000
 
 
-def test_a_client_is_not_read_from_while_its_commands_wait(server: ControlServer, path: Path, commands: Commands) -> None:
+def test_a_client_is_not_read_from_while_its_commands_wait(
+    server: ControlServer, path: Path, commands: Commands
+) -> None:
     asked = b'{"execute": "echo", "arguments": {"text": "' + b"x" * 100_000 + b'"}}'
     with Raw(path) as eager, ControlClient(path) as other:
         eager.send(b'{"execute": "long"}')

@@ -27,8 +27,12 @@ def version() -> tuple[int, ...]:
     return int(found[1]), int(found[2])
 
 
-@pytest.mark.skipif(version() < (8, 2), reason="a QEMU before 8.2 has no extended headers; COWKIT_TEST_QEMU_IO names another")
-def test_qemu_zeroes_8_gib_and_asks_for_the_status_of_32_gib_in_one_request_each(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(
+    version() < (8, 2), reason="a QEMU before 8.2 has no extended headers; COWKIT_TEST_QEMU_IO names another"
+)
+def test_qemu_zeroes_8_gib_and_asks_for_the_status_of_32_gib_in_one_request_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     seen: list[tuple[int, int, int]] = []
     carry_out = Transmission._carry_out
 

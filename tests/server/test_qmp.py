@@ -103,10 +103,15 @@ def test_query_commands_names_every_command() -> None:
 
 
 def test_a_request_comes_out_with_its_arguments_and_id() -> None:
-    (request,) = answers(session(), b'{"execute": "block-export-del", "arguments": {"id": "a", "force": true}, "id": {"b": 1}}')
+    (request,) = answers(
+        session(), b'{"execute": "block-export-del", "arguments": {"id": "a", "force": true}, "id": {"b": 1}}'
+    )
     assert request == Request("block-export-del", {"id": "a", "force": True}, {"id": {"b": 1}})
     assert json.loads(session().result(request, [1])) == {"return": [1], "id": {"b": 1}}
-    assert json.loads(session().error(request, "no")) == {"error": {"class": "GenericError", "desc": "no"}, "id": {"b": 1}}
+    assert json.loads(session().error(request, "no")) == {
+        "error": {"class": "GenericError", "desc": "no"},
+        "id": {"b": 1},
+    }
 
 
 def test_a_boolean_is_no_integer_and_an_integer_is_a_number() -> None:
@@ -187,22 +192,32 @@ def cut(data: bytes, draw: st.DataObject) -> list[bytes]:
 
 @settings(deadline=None)
 @given(messages=st.lists(MESSAGES), between=st.text(" \t\r\n", max_size=2), draw=st.data())
-def test_messages_come_out_whole_however_the_stream_is_cut(messages: list[Any], between: str, draw: st.DataObject) -> None:
-    stream = between.join(json.dumps(message, ensure_ascii=False) for message in messages).encode(errors="surrogatepass")
+def test_messages_come_out_whole_however_the_stream_is_cut(
+    messages: list[Any], between: str, draw: st.DataObject
+) -> None:
+    stream = between.join(json.dumps(message, ensure_ascii=False) for message in messages).encode(
+        errors="surrogatepass"
+    )
     splitter = MessageSplitter()
     found = [message for piece in cut(stream, draw) for message in splitter.feed(piece)]
-    assert [json.loads(message.decode(errors="surrogatepass")) for message in found if isinstance(message, bytes)] == messages
+    assert [
+        json.loads(message.decode(errors="surrogatepass")) for message in found if isinstance(message, bytes)
+    ] == messages
 
 
 @settings(deadline=None)
 @given(
     pieces=st.lists(
         st.binary(max_size=20)
-        | st.sampled_from([b"{", b"}", b"[", b"]", b'"', b"\\", b"\n", b"\xff", b'{"execute": "query-version"}', b"1", b","])
+        | st.sampled_from(
+            [b"{", b"}", b"[", b"]", b'"', b"\\", b"\n", b"\xff", b'{"execute": "query-version"}', b"1", b","]
+        )
     ),
     draw=st.data(),
 )
-def test_whatever_comes_each_answer_is_json_and_the_client_gets_back_in_step(pieces: list[bytes], draw: st.DataObject) -> None:
+def test_whatever_comes_each_answer_is_json_and_the_client_gets_back_in_step(
+    pieces: list[bytes], draw: st.DataObject
+) -> None:
     one = session()
     for piece in cut(b"".join(pieces), draw):
         for answer in answers(one, piece):

@@ -117,7 +117,12 @@ def test_the_sessions_runtime_directory_is_used(session: Path) -> None:
 def test_an_unusable_session_directory_leaves_the_one_in_tmp(
     session: Path, trouble: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = {"missing": session / "none", "too long": session / ("x" * 80), "a file": session / "file", "relative": Path("x")}
+    place = {
+        "missing": session / "none",
+        "too long": session / ("x" * 80),
+        "a file": session / "file",
+        "relative": Path("x"),
+    }
     (session / ("x" * 80)).mkdir()
     (session / "file").touch()
     if trouble == "unset":
@@ -127,7 +132,9 @@ def test_an_unusable_session_directory_leaves_the_one_in_tmp(
     assert runtime_dir() == Path(f"/tmp/cowkit-{os.geteuid()}")
 
 
-def test_what_is_served_below_tmp_is_found_from_inside_a_session(session: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_served_below_tmp_is_found_from_inside_a_session(
+    session: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(session / "none"))
     made = make_socket_dir()
     try:
@@ -163,7 +170,9 @@ def test_an_unsafe_runtime_directory_is_refused(place: Path, short: Path, how: s
         running()
 
 
-def test_a_runtime_directory_that_cannot_be_made_is_one_clear_error(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_runtime_directory_that_cannot_be_made_is_one_clear_error(
+    short: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COWKIT_RUNTIME_DIR", str(short / "none" / "run"))
     with pytest.raises(ListenError, match=r"cannot make the runtime directory .*none/run: No such file or directory"):
         make_socket_dir()
@@ -191,7 +200,8 @@ def test_servers_are_listed_oldest_first(directory: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"version": 2}', '{"version": 1}', "null", '{"version": 1, "uris": []}', "[" * 100_000, "\xff"]
+    "text",
+    ["", "{", "[]", '{"version": 2}', '{"version": 1}', "null", '{"version": 1, "uris": []}', "[" * 100_000, "\xff"],
 )
 def test_a_description_that_cannot_be_read_hides_its_server_alone(directory: Path, text: str) -> None:
     other = make_socket_dir()
@@ -211,7 +221,9 @@ def test_another_process_finds_it_and_does_not_remove_it(directory: Path) -> Non
 
 def test_what_a_killed_process_left_is_removed_by_a_listing_and_by_the_next_server(place: Path) -> None:
     for look in ("print(running())", "print(make_socket_dir())"):
-        process = python("made = make_socket_dir(); (made / 'nbd.sock').touch(); (made / 'server.json').touch(); print(made, flush=True)")
+        process = python(
+            "made = make_socket_dir(); (made / 'nbd.sock').touch(); (made / 'server.json').touch(); print(made, flush=True)"
+        )
         assert process.stdout
         left = Path(process.stdout.readline().strip())
         assert left.parent == place
@@ -291,9 +303,7 @@ def test_a_forked_child_that_lives_on_does_not_keep_its_parents_directory() -> N
 
 
 def test_makers_and_lookers_at_once_never_take_a_living_directory_away() -> None:
-    lookers = [
-        python("print(flush=True)\nwhile True: running()") for _ in range(2)
-    ]
+    lookers = [python("print(flush=True)\nwhile True: running()") for _ in range(2)]
     for looker in lookers:
         assert looker.stdout
         looker.stdout.readline()

@@ -132,7 +132,9 @@ def test_who_sees_what_is_what_a_model_says(share: str, writes: list[tuple[int, 
 
 
 @pytest.mark.parametrize("share", ["export", "connection"])
-def test_nothing_is_made_for_a_client_that_has_not_chosen(disk: Disk, share: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_made_for_a_client_that_has_not_chosen(
+    disk: Disk, share: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = []
     with NbdServer(disk, share=share) as server:  # type: ignore[arg-type]
         make = server._shares._make

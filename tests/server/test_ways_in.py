@@ -73,7 +73,9 @@ def test_where_one_place_cannot_be_had_the_others_are_given_up(disk: Disk, tmp_p
     path = tmp_path / "sock"
     with NbdServer(disk, tcp="127.0.0.1:0") as server:
         port = address(server.uri)[1]
-        with pytest.raises(ListenError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use; choose another"):
+        with pytest.raises(
+            ListenError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use; choose another"
+        ):
             NbdServer(disk, socket_path=path, tcp=f"127.0.0.1:{port}")
     assert not path.exists()
 
@@ -322,7 +324,11 @@ def activated(count: str | None, *files: int, pid: str = "$$") -> str:
     script.append('exec "$0" -c "$1"')
     # The descriptors must not be among those that the shell is to make of them
     done = subprocess.run(
-        ["bash", "-c", "\n".join(script), sys.executable, _LISTEN], pass_fds=files, capture_output=True, text=True, check=True
+        ["bash", "-c", "\n".join(script), sys.executable, _LISTEN],
+        pass_fds=files,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stderr == ""
     return done.stdout.strip()
@@ -361,7 +367,9 @@ def test_what_is_handed_over_and_makes_no_sense_is_one_clear_line(tmp_path: Path
         try:
             for fd in files[:2]:
                 said = activated("1", fd)
-                assert said.startswith("ListenError descriptor 3, handed over by LISTEN_FDS, is no listening stream socket: ")
+                assert said.startswith(
+                    "ListenError descriptor 3, handed over by LISTEN_FDS, is no listening stream socket: "
+                )
             assert "is no socket: " in activated("1")
             assert activated("many").startswith("ListenError LISTEN_FDS='many' is no number of sockets")
         finally:

@@ -88,7 +88,9 @@ def assert_serves(server: NbdServer, certificates: Certificates) -> None:
 
 @pytest.mark.requires(modules=["nbd"])
 @pytest.mark.parametrize("host", [None, "127.0.0.1:0", "[::1]:0"])
-def test_a_client_with_a_certificate_is_served_over_nbds(disk: Disk, certificates: Certificates, host: str | None) -> None:
+def test_a_client_with_a_certificate_is_served_over_nbds(
+    disk: Disk, certificates: Certificates, host: str | None
+) -> None:
     tls = load_tls(certs=certificates.server, verify_peer=True)
     with NbdServer(disk, tcp=host, tls=tls) as server:
         assert server.uri.startswith("nbds+unix://" if host is None else "nbds://")
@@ -144,9 +146,7 @@ def test_in_the_clear_nobody_is_served_where_tls_is_required_and_anybody_where_i
 
 
 @pytest.mark.requires("qemu-img")
-def test_qemu_reads_and_writes_with_its_own_credentials(
-    disk: Disk, certificates: Certificates, tmp_path: Path
-) -> None:
+def test_qemu_reads_and_writes_with_its_own_credentials(disk: Disk, certificates: Certificates, tmp_path: Path) -> None:
     image = tmp_path / "image"
     image.write_bytes(os.urandom(SIZE))
     with serving(disk, certificates, verify_peer=True) as server:
@@ -156,7 +156,9 @@ def test_qemu_reads_and_writes_with_its_own_credentials(
         )
         served = f"driver=nbd,path={server.socket},tls-creds=tls,tls-hostname=localhost"
         file = f"driver=file,filename={image}"
-        qemu = subprocess.run(["qemu-img", "convert", *options, file, served], capture_output=True, text=True, check=False)
+        qemu = subprocess.run(
+            ["qemu-img", "convert", *options, file, served], capture_output=True, text=True, check=False
+        )
         assert qemu.returncode == 0, qemu.stderr
         assert disk.pread(SIZE, 0) == image.read_bytes()
 
@@ -200,7 +202,9 @@ def test_bytes_in_the_clear_behind_starttls_end_the_connection(disk: Disk, certi
         assert_serves(server, certificates)
 
 
-@pytest.mark.parametrize("hello", [b"\0" * 100, b"\x16\x03\x01\x40\x00" + b"x" * 20000, b"IHAVEOPT\0\0\0\7\0\0\0\0", b""])
+@pytest.mark.parametrize(
+    "hello", [b"\0" * 100, b"\x16\x03\x01\x40\x00" + b"x" * 20000, b"IHAVEOPT\0\0\0\7\0\0\0\0", b""]
+)
 def test_a_handshake_that_goes_wrong_ends_that_connection_alone(
     disk: Disk, certificates: Certificates, hello: bytes
 ) -> None:
@@ -299,9 +303,7 @@ def test_a_client_that_takes_too_long_in_the_handshake_is_given_up(disk: Disk, c
 
 
 @pytest.mark.parametrize("dialect", ["simple", "structured", "extended"])
-def test_a_disk_over_tls_is_what_a_model_says(
-    disk: Disk, certificates: Certificates, dialect: str
-) -> None:
+def test_a_disk_over_tls_is_what_a_model_says(disk: Disk, certificates: Certificates, dialect: str) -> None:
     model = bytearray(SIZE)
     chance = random.Random(dialect)
     with serving(disk, certificates) as server, TlsClient(where(server)) as client:
@@ -425,7 +427,9 @@ def test_without_verification_the_authority_may_be_missing(certificates: Certifi
 
 
 @pytest.mark.parametrize("name", ["server-cert.pem", "server-key.pem", "ca-cert.pem", "ca-crl.pem"])
-@pytest.mark.parametrize("content", [b"", b"nonsense", b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"])
+@pytest.mark.parametrize(
+    "content", [b"", b"nonsense", b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"]
+)
 def test_a_file_that_is_no_good_is_named(certificates: Certificates, name: str, content: bytes) -> None:
     (certificates.server / name).write_bytes(content)
     with pytest.raises(UsageError, match=name) as caught:

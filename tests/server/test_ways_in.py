@@ -172,9 +172,10 @@ def test_a_client_that_does_not_choose_is_given_up_and_one_that_did_is_not(disk:
 def test_when_very_many_stay_silent_the_oldest_has_to_go(disk: Disk) -> None:
     with NbdServer(disk, most_negotiating=4) as server:
         chosen = RawClient(where(server)).negotiate()
-        silent = [RawClient(where(server)) for _ in range(10)]
-        for client in silent:
-            client.take(18)
+        silent = []
+        for _ in range(10):  # each is greeted before the next one comes: the oldest may have to go before it is
+            silent.append(RawClient(where(server)))
+            silent[-1].take(18)
         for client in silent[:6]:
             assert client.at_end()
         assert_serves(server)

@@ -105,7 +105,6 @@ class DiskCommands:
             from cowkit.diff import backing_name
 
             backing_file = backing_name(base, base_path, path)
-        self._disk.engine.base.verify_path()  # before a name is recorded that leads to another file, or nowhere
         report = self._disk.diff(path, backing_file=backing_file, progress=_progress(context))
         return {"report": report.to_json(), "summary": report.summary()}
 

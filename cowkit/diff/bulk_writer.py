@@ -13,6 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from queue import SimpleQueue
 
 _ALIGNED = 4096
 _SLOW = 1 / (1 << 30)
@@ -38,10 +39,10 @@ class BulkWriter:
         self._direct_fd = -1
         self._cost: dict[bool, float] = {}
         """Seconds a byte, by whether it went around the page cache."""
-        self._work: tuple[memoryview, int] | None = None
-        self._error: BaseException | None = None
-        self._ended = False
-        self._changed = threading.Condition()
+        # Queues, since ctrl-C may come at any moment: a condition's lock could be left in any state, a queue is one call.
+        self._jobs: SimpleQueue[tuple[memoryview, int] | None] = SimpleQueue()
+        self._results: SimpleQueue[BaseException | None] = SimpleQueue()
+        self._under_way = False
         self._thread: threading.Thread | None = None
 
     def write(self, data: memoryview, offset: int) -> None:
@@ -49,52 +50,38 @@ class BulkWriter:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="cowkit-diff-writer", daemon=True)
             self._thread.start()
-        with self._changed:
-            self._wait()
-            self._work = (data, offset)
-            self._changed.notify_all()
+        self.drain()
+        self._under_way = True
+        self._jobs.put((data, offset))
 
     def drain(self) -> None:
         """Wait until all is written; raises what the last write raised."""
-        with self._changed:
-            self._wait()
+        if self._under_way:
+            error = self._results.get()
+            self._under_way = False
+            if error is not None:
+                raise error
 
     def close(self) -> None:
         """End the thread, when it has written what it is at."""
         if self._thread is not None:
-            with self._changed:
-                self._ended = True
-                self._changed.notify_all()
+            self._jobs.put(None)
             self._thread.join()
             self._thread = None
         if self._direct_fd >= 0:
             os.close(self._direct_fd)
             self._direct_fd = -1
 
-    def _wait(self) -> None:
-        while self._work is not None:
-            self._changed.wait()
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-
     # In the thread
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                while self._work is None:
-                    if self._ended:
-                        return
-                    self._changed.wait()
-                data, offset = self._work
+        while (job := self._jobs.get()) is not None:
+            error: BaseException | None = None
             try:
-                self._put(data, offset)
-            except BaseException as error:
-                self._error = error
-            with self._changed:
-                self._work = None
-                self._changed.notify_all()
+                self._put(*job)
+            except BaseException as failure:
+                error = failure
+            self._results.put(error)
 
     def _put(self, data: memoryview, offset: int) -> None:
         fits = len(data) % _ALIGNED == 0 and offset % _ALIGNED == 0

@@ -10,16 +10,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from struct import Struct
 
+from cowkit.disk.overlay import Segment
+from cowkit.disk.source import ZEROES
 from cowkit.server import wire
 
 Buffers = list[bytes | memoryview]
-Segment = tuple[int, int, memoryview | None]
-"""``(start, stop, data)`` of a READ; None for zeroes."""
-
 Status = tuple[int, Sequence[tuple[int, int]]]
 """``(context id, [(length, flags), ...])`` of a BLOCK_STATUS."""
-
-ZEROES = memoryview(bytes(1 << 20))
 
 
 class Dialect(ABC):

@@ -141,4 +141,10 @@ def own_threads() -> list[str]:
 
 def children() -> list[str]:
     """The processes that this one has started and that are still there, zombies included."""
-    return [pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()]
+    found = []
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            found += (task / "children").read_text().split()
+        except (FileNotFoundError, ProcessLookupError):
+            pass  # a thread that has just ended has none
+    return found

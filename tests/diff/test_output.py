@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import stat
 import subprocess
@@ -18,6 +17,7 @@ from cowkit.diff.output import AtomicOutput
 from cowkit.disk import Disk, FileBase
 from cowkit.errors import OutputError
 from tests.diff.helpers import diff, make_base, noise, run
+from tests.limits import files_limited_to
 
 
 @pytest.fixture
@@ -265,13 +265,8 @@ ls -A /mnt; cat /mnt/out
 def test_a_limit_on_file_sizes_leaves_the_old_file_and_nothing_else(disk: Disk, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.write_bytes(b"old")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_001, hard))
-    try:
-        with pytest.raises(OutputError, match=r"out: File too large") as caught:
-            diff(disk, out)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with files_limited_to(1_500_001), pytest.raises(OutputError, match=r"out: File too large") as caught:
+        diff(disk, out)
     assert isinstance(caught.value.__cause__, OSError)
     assert out.read_bytes() == b"old"
     assert names(tmp_path) == ["base.img", "out"]

@@ -13,6 +13,7 @@ import pytest
 
 from cowkit.disk import Disk, FileBase, ZeroBase
 from cowkit.errors import CheckpointError, DiskClosedError, OverlayFullError
+from tests.limits import files_limited_to
 
 BLOCK = 4096
 
@@ -189,15 +190,8 @@ def test_reading_a_sparse_base_in_memory_takes_no_memory() -> None:
 
 
 def test_no_room_is_remembered_with_its_reason(tmp_path: Path) -> None:
-    import resource
-
     with Disk(ZeroBase(1 << 20), tmpdir=tmp_path) as disk:
         assert disk.overlay.failure is None
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (BLOCK, hard))
-        try:
-            with pytest.raises(OverlayFullError):
-                disk.pwrite(b"x" * 3 * BLOCK, 0)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        with files_limited_to(BLOCK), pytest.raises(OverlayFullError):
+            disk.pwrite(b"x" * 3 * BLOCK, 0)
         assert "ulimit" in str(disk.overlay.failure)

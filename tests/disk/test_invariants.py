@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import resource
 import signal
 import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -27,6 +24,7 @@ from cowkit.errors import (
     OverlayFullError,
     UsageError,
 )
+from tests.limits import files_limited_to
 
 BLOCK = 4096
 
@@ -36,17 +34,6 @@ def base_path(tmp_path: Path) -> Path:
     path = tmp_path / "base.img"
     path.write_bytes(os.urandom(16 * BLOCK))
     return path
-
-
-@contextmanager
-def files_limited_to(size: int) -> Iterator[None]:
-    """No file can grow beyond ``size``: what a full disk looks like without needing one (EFBIG, which NBD calls ENOSPC)."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 # The base

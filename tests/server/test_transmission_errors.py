@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import pytest
 
 from cowkit.disk import Disk, FileBase, ZeroBase
 from cowkit.server.server import NbdServer
+from tests.limits import files_limited_to
 from tests.server.raw_client import (
     BLOCK_STATUS,
     BOTH_STRUCTURED,
@@ -267,17 +267,6 @@ def test_a_read_only_export_refuses_every_change_with_eperm_and_drains_its_paylo
 
 
 # What fails beneath
-
-
-@contextmanager
-def files_limited_to(size: int) -> Iterator[None]:
-    """No file can grow beyond ``size``: what a full disk looks like without needing one (EFBIG, which NBD calls ENOSPC)."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @every_dialect

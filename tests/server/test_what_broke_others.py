@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import os
-import resource
 import signal
 import socket
 import subprocess
@@ -21,6 +20,7 @@ import pytest
 
 from cowkit.disk import Disk, FileBase, ZeroBase
 from cowkit.server.server import NbdServer
+from tests.limits import files_limited_to
 from tests.server.negotiating import (
     ABORT,
     ACK,
@@ -173,16 +173,6 @@ def test_nbdkit_cow_a_ragged_trim_zeroes_the_right_end(size: int) -> None:
             client.do(TRIM, 0, min(size, 100_000))
             assert client.read(size, 0) == bytes(size)
         assert_serves(server)
-
-
-@contextmanager
-def files_limited_to(size: int) -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_nbdkit_cow_with_copy_on_read_a_full_overlay_fails_no_read(tmp_path: Path) -> None:

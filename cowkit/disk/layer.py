@@ -21,6 +21,15 @@ def default_directory() -> str:
     return os.environ.get("TMPDIR") or "/var/tmp"
 
 
+_FRESH_PIECE = 128 << 10
+"""Bytes written at once where the file has nothing yet.
+
+The length of a write decides how large a folio the page cache takes for it, and each small write into a folio goes through all
+the buffers of that one (Linux 6.18, ext4): rewriting 4 KiB costs 2.5 microseconds in what was written by 128 KiB, 6 in what was
+written by 1 MiB. Long fresh writes run at 3.0 GB/s instead of 4.0 so.
+"""
+
+
 class Layer(Counted):
     """A sparse unnamed file of ``size`` bytes in ``directory``.
 
@@ -86,6 +95,26 @@ class Layer(Counted):
                 parts = [parts[0][count:], *parts[1:]]
         except OSError as error:
             raise self.failed("write", error) from error
+
+    def write_one(self, data: memoryview, offset: int) -> None:
+        """:meth:`write` of one part, in the fewest steps: the way of each rewrite."""
+        try:
+            count = os.pwrite(self.fd, data, offset)
+        except OSError as error:
+            raise self.failed("write", error) from error
+        if count < len(data):
+            self.write([data[count:]], offset + count)
+
+    def write_fresh(self, parts: list[memoryview], offset: int) -> None:
+        """The same where the file has nothing yet: long parts in pieces, see ``_FRESH_PIECE``."""
+        if sum(map(len, parts)) <= _FRESH_PIECE:
+            self.write(parts, offset)
+            return
+        for part in parts:
+            for start in range(0, len(part), _FRESH_PIECE):
+                piece = part[start : start + _FRESH_PIECE]
+                self.write([piece], offset)
+                offset += len(piece)
 
     def failed(self, what: str, error: OSError) -> OverlayError | OverlayFullError:
         """The error to raise for a system call that failed on the layer's file."""

@@ -68,7 +68,8 @@ class Overlay:
         """Who holds the bytes, by owner."""
         self.views: list[memoryview | None] = [None] * 256
         """The mappings that system calls may read, by owner, as far as they were needed so far."""
-        self._look_from = _WORTH_A_LOOK if base.sparse else size + 1
+        self.look_from = _WORTH_A_LOOK if base.sparse else size + 1
+        """Reads from this length on ask a sparse base for holes, in bytes."""
         self.failure: DiskError | None = None
         """Why the last request failed that found no room, or a broken overlay: NBD has but a number for its client."""
         self._stripes = [threading.Lock() for _ in range(_STRIPES)]
@@ -78,20 +79,6 @@ class Overlay:
         self._closed = False
 
     # Reading
-
-    def single(self, offset: int, end: int) -> memoryview | None:
-        """The range as one view, for a system call to read; None where it is not that simple (then: :meth:`segments`)."""
-        if self.cow_on_read:
-            return None
-        first = offset >> self.shift
-        count = ((end - 1) >> self.shift) + 1 - first
-        start = first & CHUNK_MASK
-        chunk = self.map.chunks[first >> CHUNK_SHIFT]
-        owner = chunk[start]
-        if count > 1 and (chunk.count(owner, start, start + count) != count or end - offset >= self._look_from):
-            return None
-        view = self.views[owner]
-        return view[offset:end] if view is not None else None
 
     def segments(self, offset: int, end: int) -> Iterator[Segment]:
         """The range in pieces, in order: each with a view for a system call to read, or None where it reads as zeroes.
@@ -114,7 +101,7 @@ class Overlay:
 
     def _base_segments(self, start: int, stop: int) -> Iterator[Segment]:
         inside = max(start, min(stop, self.base.size))
-        if inside - start >= self._look_from:
+        if inside - start >= self.look_from:
             for extent in self.base.extents(start, inside - start):
                 hole = extent.kind is Kind.HOLE
                 yield extent.offset, extent.end, None if hole else self._seen(BASE, extent.offset, extent.end)
@@ -164,7 +151,7 @@ class Overlay:
             start = first & CHUNK_MASK
             count = last - first
             if self.map.chunks[first >> CHUNK_SHIFT].count(self.top, start, start + count) == count:
-                self.layers[self.top].write([data], offset)
+                self.layers[self.top].write_one(data, offset)
                 return
         self._change(first, last, lambda: self._write_claimed([(data, offset)]))
 
@@ -196,7 +183,7 @@ class Overlay:
                     owned.append((part, start))
                     continue
                 # Only fresh blocks can find no room. They go first, and nothing has changed until their owner is set.
-                layer.write([*self._old_bytes(first, start), part, *self._old_bytes(stop, last)], first)
+                layer.write_fresh([*self._old_bytes(first, start), part, *self._old_bytes(stop, last)], first)
                 fresh.append(run)
         for part, start in owned:
             layer.write([part], start)

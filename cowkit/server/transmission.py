@@ -18,10 +18,12 @@ import socket
 
 from cowkit.disk import Disk
 from cowkit.disk.gate import Pass
+from cowkit.disk.owner_map import CHUNK_MASK, CHUNK_SHIFT
 from cowkit.errors import CowkitError, DiskError, ProtocolError
 from cowkit.server import wire
 from cowkit.server.block_status import MOST_DESCRIPTORS, describe
 from cowkit.server.channel import Channel
+from cowkit.server.eager import eager
 from cowkit.server.replies import Buffers, Dialect, Extended, Simple, Status, Structured
 from cowkit.server.wire import (
     CMD_BLOCK_STATUS,
@@ -91,6 +93,7 @@ class Transmission:
         read_only: bool = False,
     ) -> None:
         self._sock = sock
+        self._eager = eager(sock)
         self._disk = disk
         self._read_only = read_only
         self._dialect: Dialect = Extended() if extended else Structured() if structured else Simple()
@@ -122,7 +125,9 @@ class Transmission:
         magic_wanted, data_head, done = dialect.magic, dialect.data_head, dialect.done
         size = self._disk.size
         overlay = self._disk.overlay
-        single, write = overlay.single, overlay.write
+        write, shift, sparse_from = overlay.write, overlay.shift, overlay.look_from
+        longest = MAXIMUM_PAYLOAD
+        readable = -1 if overlay.cow_on_read else size  # where the quick way of a READ ends
         other_flags = ~(wire.FLAG_FUA | wire.FLAG_PAYLOAD_LEN if dialect.extended else wire.FLAG_FUA)
         writable = -1 if self._read_only else size  # where the quick way of a WRITE ends
         wanted = head
@@ -132,7 +137,9 @@ class Transmission:
             wanted = head
             out: Buffers = []
             gathered = 0
+            append = out.append
             with gate_pass:
+                chunks, views = overlay.map.chunks, overlay.views
                 while end - start >= head:
                     magic, flags, command, cookie, offset, length = unpack(buffer, start)
                     if magic != magic_wanted:
@@ -140,15 +147,24 @@ class Transmission:
                             f"a request begins with {magic:#x} instead of {magic_wanted:#x}: the client is out of step"
                         )
                     if command == CMD_READ:
-                        if not flags and 0 < length <= MAXIMUM_PAYLOAD and offset + length <= size:
-                            part = single(offset, offset + length)
-                            if part is not None:
-                                out.append(data_head(cookie, offset, length))
-                                out.append(part)
-                                start += head
-                                if len(out) >= _MOST_BUFFERS:
-                                    break
-                                continue
+                        # Overlay.segments for what is nearly always the case: one owner, whose bytes are mapped. Written out
+                        # here, it saves 0.4 of 1.4 microseconds.
+                        stop = offset + length
+                        if not flags and offset < stop <= readable and length <= longest:
+                            first = offset >> shift
+                            more = ((stop - 1) >> shift) - first
+                            chunk = chunks[first >> CHUNK_SHIFT]
+                            first &= CHUNK_MASK
+                            owner = chunk[first]
+                            if not more or (chunk.count(owner, first, first + more + 1) > more and length < sparse_from):
+                                data = views[owner]
+                                if data is not None:
+                                    append(data_head(cookie, offset, length))
+                                    append(data[offset:stop])
+                                    start += head
+                                    if len(out) >= _MOST_BUFFERS:
+                                        break
+                                    continue
                     elif command == CMD_WRITE:
                         after = start + head + length
                         if after > end:
@@ -158,9 +174,9 @@ class Transmission:
                             try:
                                 write(view[start + head : after], offset)
                             except _FAILURES as error:
-                                out.append(self._failed(cookie, offset, error))
+                                append(self._failed(cookie, offset, error))
                             else:
-                                out.append(done(cookie, offset))
+                                append(done(cookie, offset))
                             start = after
                             continue
                     elif flags & wire.FLAG_PAYLOAD_LEN and dialect.extended and start + head + length > end:
@@ -195,12 +211,15 @@ class Transmission:
             self._view[: end - start] = self._view[start:end]
             start, end = 0, end - start
         while end - start < wanted:
-            count = self._sock.recv_into(self._view[end:])
+            count = self._receive_into(self._view[end:])
             if not count:
                 return False
             end += count
         self._start, self._end = start, end
         return True
+
+    def _receive_into(self, buffer: memoryview) -> int:
+        return self._sock.recv_into(buffer) if self._eager is None else self._eager.receive_into(self._sock, buffer)
 
     # What is rare, wrong or long
 

@@ -23,7 +23,7 @@ from cowkit.errors import CowkitError, DiskError, ProtocolError
 from cowkit.server import wire
 from cowkit.server.block_status import MOST_DESCRIPTORS, describe
 from cowkit.server.channel import Channel
-from cowkit.server.eager import eager
+from cowkit.server.pool import Need, Steps, drive
 from cowkit.server.replies import Buffers, Dialect, Extended, Simple, Status, Structured
 from cowkit.server.wire import (
     CMD_BLOCK_STATUS,
@@ -40,6 +40,9 @@ MAXIMUM_PAYLOAD = 64 << 20
 """The longest READ or WRITE that is carried out, in bytes; nbdkit's limit."""
 
 _BUFFER = 2 << 20
+
+_LONG = 128 << 10
+"""Bytes of a request with its payload from which on it is received by itself."""
 
 _MOST_BUFFERS = 512
 _MOST_BYTES = 4 << 20
@@ -93,7 +96,6 @@ class Transmission:
         read_only: bool = False,
     ) -> None:
         self._sock = sock
-        self._eager = eager(sock)
         self._disk = disk
         self._read_only = read_only
         self._dialect: Dialect = Extended() if extended else Structured() if structured else Simple()
@@ -114,11 +116,12 @@ class Transmission:
         """
         gate_pass = self._disk.gate.new_pass()
         try:
-            self._loop(gate_pass)
+            drive(self._steps(gate_pass), self._sock)
         finally:
             self._disk.gate.discard(gate_pass)
 
-    def _loop(self, gate_pass: Pass) -> None:
+    def _steps(self, gate_pass: Pass) -> Steps:
+        """Carry out what has come, and yield what is needed to go on."""
         buffer, view, dialect = self._buffer, self._view, self._dialect
         head = dialect.request.size
         unpack = dialect.request.unpack_from
@@ -132,7 +135,15 @@ class Transmission:
         writable = -1 if self._read_only else size  # where the quick way of a WRITE ends
         wanted = head
         ended = False
-        while not ended and self._receive(wanted):
+        pooled: bool | None = None  # whether this is another connection's thread, which must not wait for our client
+        while not ended:
+            while self._make_room(wanted):
+                pooled = yield Need.BYTES
+                # Of a long payload no more than its end: what came behind it would have to be moved to make room.
+                count = self._sock.recv_into(view[self._end : self._start + wanted if wanted > _LONG else _BUFFER])
+                if not count:
+                    return
+                self._end += count
             start, end = self._start, self._end
             wanted = head
             out: Buffers = []
@@ -156,7 +167,9 @@ class Transmission:
                             chunk = chunks[first >> CHUNK_SHIFT]
                             first &= CHUNK_MASK
                             owner = chunk[first]
-                            if not more or (chunk.count(owner, first, first + more + 1) > more and length < sparse_from):
+                            if not more or (
+                                chunk.count(owner, first, first + more + 1) > more and length < sparse_from
+                            ):
                                 data = views[owner]
                                 if data is not None:
                                     append(data_head(cookie, offset, length))
@@ -194,32 +207,29 @@ class Transmission:
                     if len(out) >= _MOST_BUFFERS or gathered >= _MOST_BYTES:
                         break
             self._start = start
+            if pooled and out and (out := self._send_at_once(out)):
+                pooled = yield Need.THREAD
             if out:
                 self._send(out)
             if wanted > _BUFFER:
+                pooled = yield Need.THREAD
                 self._long_request(gate_pass)
                 wanted = head
 
-    def _receive(self, wanted: int) -> bool:
-        """Have at least ``wanted`` bytes in the buffer, or as many as it takes when they do not fit; False at the end."""
+    def _make_room(self, wanted: int) -> bool:
+        """Whether more must be received to have ``wanted`` bytes in the buffer; there is room for them then.
+
+        What does not fit at all is received by :meth:`_long_request`.
+        """
         start, end = self._start, self._end
         if end - start >= wanted or wanted > _BUFFER:
-            return True
+            return False
         if start == end:
-            start = end = 0
+            self._start = self._end = 0
         elif start + wanted > _BUFFER:
             self._view[: end - start] = self._view[start:end]
-            start, end = 0, end - start
-        while end - start < wanted:
-            count = self._receive_into(self._view[end:])
-            if not count:
-                return False
-            end += count
-        self._start, self._end = start, end
+            self._start, self._end = 0, end - start
         return True
-
-    def _receive_into(self, buffer: memoryview) -> int:
-        return self._sock.recv_into(buffer) if self._eager is None else self._eager.receive_into(self._sock, buffer)
 
     # What is rare, wrong or long
 
@@ -396,18 +406,21 @@ class Transmission:
 
     # Sending
 
+    def _send_at_once(self, out: Buffers) -> Buffers:
+        """Send what goes without waiting for the client; the rest."""
+        try:
+            return _unsent(out, self._sock.sendmsg(out, (), socket.MSG_DONTWAIT))  # type: ignore[call-arg]  # a socket
+        except BlockingIOError:
+            return out
+        except OSError as error:
+            if error.errno != errno.EFAULT:
+                raise
+            return out
+
     def _send(self, out: Buffers) -> None:
         try:
             while out:
-                batch = out[:_IOV_MAX]
-                sent = self._sock.sendmsg(batch)
-                index = 0
-                while index < len(batch) and sent >= len(batch[index]):
-                    sent -= len(batch[index])
-                    index += 1
-                if sent:
-                    out[index] = memoryview(out[index])[sent:]
-                out = out[index:] if index else out
+                out = _unsent(out, self._sock.sendmsg(out[:_IOV_MAX]))
         except OSError as error:
             if error.errno != errno.EFAULT:
                 raise
@@ -475,6 +488,15 @@ class Transmission:
     @staticmethod
     def _unreadable() -> ConnectionAbortedError:
         return ConnectionAbortedError(errno.ECONNABORTED, "the base or the overlay cannot be read any more")
+
+
+def _unsent(out: Buffers, sent: int) -> Buffers:
+    """What is left of ``out`` when its first ``sent`` bytes have gone."""
+    for index, part in enumerate(out):
+        if sent < len(part):
+            return [memoryview(part)[sent:], *out[index + 1 :]] if sent else out[index:]
+        sent -= len(part)
+    return []
 
 
 def _anonymous_memory(size: int) -> mmap.mmap:

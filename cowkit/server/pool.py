@@ -1,0 +1,175 @@
+"""Busy connections that one of their threads serves by turns.
+
+Each connection has a thread, and one that is busy alone is best served by it. When several are busy, their threads fight for the
+interpreter: at each system call one loses it to another, and waking and switching cost more than a small request does. So they
+join a pool: one thread, the *leader*, waits for all of their sockets and carries out whatever has come, while the others sleep.
+
+Only what is quick stays in the pool. A connection leaves it for its own thread, for a good while, when it would have to wait for
+its client, or when a turn of it took long: a slow disk under the base holds up nobody else then.
+
+The leader is one of the members' own threads, so there is no thread more than without. When its own connection leaves, the
+next member leads.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import sys
+import threading
+from collections.abc import Generator
+from enum import Enum
+from time import perf_counter_ns
+
+from cowkit.server.channel import Channel
+from cowkit.server.eager import EagerWait
+
+
+class Need(Enum):
+    """What a connection's work needs to go on."""
+
+    BYTES = "something to receive"
+    THREAD = "a thread that may wait: for the client, mostly"
+
+
+Steps = Generator[Need, bool | None, None]
+"""A connection's work: goes on, and yields when it needs something; sent True where it must not wait for the client."""
+
+_CROWDED = 8
+"""Turns that another connection's turn came before, less those that none did, from which on a connection joins the pool."""
+
+_APART = 256
+"""Turns that a connection which had to leave the pool stays apart."""
+
+_SLOW_NS = 2_000_000
+
+
+class Member:
+    """A connection as the pool sees it.
+
+    :param steps: the connection's work.
+    """
+
+    def __init__(self, sock: socket.socket, steps: Steps) -> None:
+        self.sock = sock
+        self.steps = steps
+        self.error: BaseException | None = None
+        self.ended = False
+        self.leads = False
+        self.turn = threading.Lock()
+        """Held while the thread is to sleep."""
+        self.turn.acquire()
+        self.crowd = 0
+
+    def take_turn(self) -> bool:
+        """Carry out what has come; whether the connection may stay in the pool."""
+        begun = perf_counter_ns()
+        try:
+            need = self.steps.send(True)
+        except StopIteration:
+            self.ended = True
+            return False
+        except BaseException as error:  # for the connection's own thread to tell
+            self.error = error
+            return False
+        return need is Need.BYTES and perf_counter_ns() - begun < _SLOW_NS
+
+
+class Pool:
+    """The pool of a process, since it is for the interpreter that they fight."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._members: dict[int, Member] = {}
+        self._epoll: select.epoll | None = None
+        self._led = False
+        self._last: Member | None = None
+
+    def is_crowded(self, member: Member) -> bool:
+        """Whether it would do better to join; asked at each turn that a connection takes by itself."""
+        if self._last is member:
+            if member.crowd > 0:
+                member.crowd -= 1
+            return False
+        self._last = member
+        member.crowd += 1
+        return member.crowd >= _CROWDED
+
+    def join(self, member: Member) -> None:
+        """Be served in the pool; returns when the connection has left it, in the thread that called, which is the member's own."""
+        with self._lock:
+            epoll = self._epoll
+            if epoll is None:
+                epoll = self._epoll = select.epoll()
+            number = member.sock.fileno()
+            self._members[number] = member
+            epoll.register(number, select.EPOLLIN)
+            member.leads = not self._led
+            self._led = True
+        if not member.leads:
+            member.turn.acquire()
+        if member.leads:
+            self._lead(epoll, member)
+        member.crowd = -_APART
+
+    def _lead(self, epoll: select.epoll, leader: Member) -> None:
+        members = self._members
+        wait = EagerWait(epoll.poll)
+        while leader.leads:
+            for number, _ in wait():
+                member = members[number]
+                if member.take_turn():
+                    continue
+                with self._lock:
+                    epoll.unregister(number)
+                    del members[number]
+                if member is leader:
+                    leader.leads = False
+                else:
+                    member.turn.release()
+        with self._lock:
+            for member in members.values():
+                member.leads = True
+                member.turn.release()
+                return
+            self._led = False
+            self._epoll = None
+            epoll.close()
+
+
+_pool = Pool()
+
+
+def _forget() -> None:
+    """The threads of a forked process's parent are not there."""
+    global _pool  # noqa: PLW0603  # one a process is the point
+    _pool = Pool()
+
+
+os.register_at_fork(after_in_child=_forget)
+
+_INTERPRETER_IS_SHARED = getattr(sys, "_is_gil_enabled", lambda: True)()
+
+
+def drive(steps: Steps, channel: Channel) -> None:
+    """Carry out a connection's work to its end, alone or in the pool."""
+    if not isinstance(channel, socket.socket):
+        for _ in steps:
+            pass
+        return
+    ready = select.poll()
+    ready.register(channel, select.POLLIN)
+    wait = EagerWait(ready.poll)
+    member = Member(channel, steps)
+    for need in steps:
+        if need is Need.THREAD:
+            continue
+        if _INTERPRETER_IS_SHARED and _pool.is_crowded(member):
+            _pool.join(member)
+            if member.error is not None:
+                raise member.error
+            if member.ended:
+                return
+        else:
+            wait()

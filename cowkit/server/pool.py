@@ -37,7 +37,7 @@ Steps = Generator[Need, bool | None, None]
 """A connection's work: goes on, and yields when it needs something; sent True where it must not wait for the client."""
 
 _CROWDED = 8
-"""Turns that another connection's turn came before, less those that none did, from which on a connection joins the pool."""
+"""A connection's turns that followed on another connection's, less those that followed on its own, from which on it joins."""
 
 _APART = 256
 """Turns that a connection which had to leave the pool stays apart."""
@@ -118,7 +118,7 @@ class Pool:
         wait = EagerWait(epoll.poll)
         while leader.leads:
             for number, _ in wait():
-                member = members[number]
+                member = self._last = members[number]
                 if member.take_turn():
                     continue
                 with self._lock:

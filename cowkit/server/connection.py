@@ -37,6 +37,13 @@ class Connection:
         self._on_choice = on_choice
         self._negotiation = Negotiation(shares, tls="off" if tls is None else tls.mode)
         self._tls_channel: TlsChannel | None = None
+        self._greeted = False
+
+    def greet(self) -> None:
+        """Send the greeting at once, which fits any new socket's buffer, so that the client need not wait for a thread."""
+        self._greeted = True
+        with suppress(OSError):  # it has left, as :meth:`serve` will notice
+            self.stream.sendall(self._negotiation.greeting())
 
     def shut_down(self) -> None:
         """End it as soon as may be: :meth:`serve` returns. Any thread may call this, while the stream is open."""
@@ -87,7 +94,8 @@ class Connection:
         """Until the client has chosen, whose answer is still to be sent, or the negotiation has ended."""
         negotiation = self._negotiation
         channel: Channel = self.stream
-        channel.sendall(negotiation.greeting())
+        if not self._greeted:
+            channel.sendall(negotiation.greeting())
         while True:
             while negotiation.state is State.NEGOTIATING:
                 if data := channel.recv(_RECEIVE):

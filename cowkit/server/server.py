@@ -275,6 +275,8 @@ class NbdServer:
                 if self._stopping:
                     stream.close()
                     return False
+                if not patient:
+                    connection.greet()
                 thread.start()
             except RuntimeError as error:  # no thread to be had
                 stream.close()

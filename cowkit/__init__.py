@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+TYPE_CHECKING = False  # as typing has it, which is what `cowkit diff` would spend most of its start on
 if TYPE_CHECKING:
     from cowkit.cow_disk import CowDisk
     from cowkit.disk import Checkpoint, Extent, Kind

@@ -8,12 +8,30 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from importlib import import_module
-from typing import NoReturn, Protocol, cast
 
 import cowkit
 from cowkit.errors import UsageError
+
+TYPE_CHECKING = False  # as typing has it, which takes long to import
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import NoReturn, Protocol
+
+    class CommandModule(Protocol):
+        """What the module of a command has."""
+
+        DESCRIPTION: str
+        """What the command does, in one or two sentences."""
+        EXAMPLES: str
+        """How it is used: lines of a shell."""
+
+        def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+            """Tell ``parser`` what the command takes."""
+
+        def run(self, arguments: argparse.Namespace) -> int:
+            """Do it, and return the exit status."""
+
 
 COMMANDS = {
     "demo": "see the main job done on a real file system",
@@ -46,21 +64,6 @@ examples:
   cowkit run disk.img --diff diff.qcow2 -- qemu-io -f raw -c 'write 0 1M' {uri}
 
 `cowkit COMMAND --help` tells more of each."""
-
-
-class CommandModule(Protocol):
-    """What the module of a command has."""
-
-    DESCRIPTION: str
-    """What the command does, in one or two sentences."""
-    EXAMPLES: str
-    """How it is used: lines of a shell."""
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Tell ``parser`` what the command takes."""
-
-    def run(self, arguments: argparse.Namespace) -> int:
-        """Do it, and return the exit status."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -111,7 +114,8 @@ def _parser(prog: str, description: str, epilog: str) -> Parser:
 
 def module_of(name: str) -> CommandModule:
     """The module of the command ``name``."""
-    return cast("CommandModule", import_module(f"cowkit.cli.{name}"))
+    module: CommandModule = import_module(f"cowkit.cli.{name}")
+    return module
 
 
 def _describe(parser: argparse.ArgumentParser, module: CommandModule) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from cowkit.cli.choose import add_choice, choose
-from cowkit.server.control import ControlClient
+from cowkit.server.control_client import ControlClient
 
 DESCRIPTION = (
     "Freeze this moment of a disk that is being served, so that `cowkit rollback` can put the disk back to it. "

@@ -8,7 +8,7 @@ import stat
 
 from cowkit.cli.arguments import file_argument
 from cowkit.errors import ControlError
-from cowkit.server.control import ControlClient
+from cowkit.server.control_client import ControlClient
 from cowkit.server.runtime import ServerInfo, identity_of, running
 
 _ANY = "what is being served"

@@ -46,6 +46,13 @@ class DiskCommands:
                     "backing-file": Argument(str, required=False),
                     "base": Argument(str, required=False),
                     "base-path": Argument(str, required=False),
+                    "backing-format": Argument(str, required=False),
+                    "cluster-size": Argument(int, required=False),
+                    "subclusters": Argument(bool, required=False),
+                    "compress": Argument(str, required=False),
+                    "bitmap": Argument(str, required=False),
+                    "standalone": Argument(bool, required=False),
+                    "raw": Argument(bool, required=False),
                 },
             ),
         }
@@ -96,16 +103,28 @@ class DiskCommands:
                     f"{name} {given!r} is relative, and the server is in a directory of its own: make it absolute"
                 )
         backing_file = arguments.get("backing-file")
+        whole = arguments.get("standalone", False) or arguments.get("raw", False)
         refusal = self._disk.engine.base.backing_refusal
-        if backing_file is None and refusal is not None:
+        if backing_file is None and refusal is not None and not whole:
             raise ControlError(refusal)
-        if backing_file is None and base is not None and self._disk.engine.base.path is not None:
+        if backing_file is None and base is not None and self._disk.engine.base.path is not None and not whole:
             if base_path is None:
                 raise ControlError("base makes no sense without base-path, the same as an absolute path")
             from cowkit.diff import backing_name
 
             backing_file = backing_name(base, base_path, path)
-        report = self._disk.diff(path, backing_file=backing_file, progress=_progress(context))
+        report = self._disk.diff(
+            path,
+            backing_file=backing_file,
+            backing_format=arguments.get("backing-format"),
+            cluster_size=arguments.get("cluster-size"),
+            subclusters=arguments.get("subclusters", False),
+            compress=arguments.get("compress"),
+            bitmap=arguments.get("bitmap"),
+            standalone=arguments.get("standalone", False),
+            raw=arguments.get("raw", False),
+            progress=_progress(context),
+        )
         return {"report": report.to_json(), "summary": report.summary()}
 
 

@@ -6,14 +6,16 @@ import argparse
 import os
 import sys
 import time
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
 
 from cowkit.cli.arguments import file_argument
 from cowkit.cli.choose import add_choice, choose
-from cowkit.server.control import ControlClient
+from cowkit.server.control_client import ControlClient
 
+TYPE_CHECKING = False  # as typing has it, which takes long to import
 if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Any, Self
+
     from rich.progress import Progress, TaskID
 
 DESCRIPTION = (
@@ -23,6 +25,9 @@ DESCRIPTION = (
 EXAMPLES = """
 cowkit diff --base disk.img -o diff.qcow2
 cowkit diff --from 4711 -o diff.qcow2 --json
+cowkit diff --base disk.img -o small.qcow2 --subclusters
+cowkit diff --base disk.img -o alone.qcow2 --no-backing --compress zstd
+cowkit diff --base disk.img -o now.img --raw
 qemu-img compare diff.qcow2 disk.img   # what to do with it: any tool that reads qcow2
 """
 
@@ -45,7 +50,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the name of the base to record in OUT (default: BASE's path; if that is relative, as seen from OUT's directory)",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON, with each extent that changed")
+    parser.add_argument("--exit-code", action="store_true", help="end with status 1 if anything changed, and 0 if not")
     add_choice(parser)
+    image = parser.add_argument_group("what kind of image (default: qcow2 on top of the base)")
+    image.add_argument(
+        "--cluster-size",
+        metavar="SIZE",
+        help="of qcow2: a power of two from 4K to 2M (default: 64K)",
+    )
+    image.add_argument(
+        "--subclusters",
+        action="store_true",
+        help="divide clusters by 32, so that a small change costs little (needs QEMU 5.2 to read it)",
+    )
+    image.add_argument(
+        "--compress", choices=("zlib", "zstd"), help="compress each cluster (zstd: needs QEMU 5.1 to read it)"
+    )
+    image.add_argument("--bitmap", metavar="NAME", help="put in what is dirty as a persistent bitmap of that name")
+    image.add_argument(
+        "--backing-format", metavar="FORMAT", help="the format of the base to record (default: what it is)"
+    )
+    image.add_argument(
+        "--no-backing", dest="standalone", action="store_true", help="have all of the disk in OUT, and no backing file"
+    )
+    image.add_argument(
+        "--raw", action="store_true", help="write a sparse raw file with all of the disk instead of qcow2"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -53,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
     server = choose(arguments.base, arguments.source)
     # Not checked here: the server writes it, and knows best
     folder = "/" if arguments.output.endswith("/") else ""  # which abspath drops, and a file is no folder
-    asked = {"path": os.path.abspath(arguments.output) + folder}
+    asked: dict[str, Any] = {"path": os.path.abspath(arguments.output) + folder, **_kind(arguments)}
     if arguments.backing_file is not None:
         asked["backing-file"] = arguments.backing_file
     elif arguments.base is not None:
@@ -61,12 +91,37 @@ def run(arguments: argparse.Namespace) -> int:
     with ControlClient(server.control) as client, _Bar() as bar:
         answer = client.execute("cowkit-diff", asked, on_event=bar.event)
     if arguments.json:
-        import json
-
-        print(json.dumps(answer["report"], indent=2))
+        print(_as_json(answer["report"]))
     else:
         print(answer["summary"])
-    return 0
+    return 1 if arguments.exit_code and answer["report"]["changed_bytes"] else 0
+
+
+def _kind(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The members that say what kind of image is asked for."""
+    asked: dict[str, Any] = {}
+    for name in ("backing_format", "subclusters", "compress", "bitmap", "standalone", "raw"):
+        value = getattr(arguments, name)
+        if value is not None and value is not False:
+            asked[name.replace("_", "-")] = value
+    if arguments.cluster_size is not None:
+        from cowkit.disk.sizes import parse_size  # the engine, for those who need it
+
+        asked["cluster-size"] = parse_size(arguments.cluster_size, what="cluster size")
+    return asked
+
+
+def _as_json(report: dict[str, Any]) -> str:
+    """The report with a line for each member and for each extent (``indent`` takes json ten times as long)."""
+    from json import dumps
+
+    lines = []
+    for name, value in report.items():
+        text = dumps(value)
+        if isinstance(value, list):
+            text = text.replace("}, {", "},\n    {")  # numbers and words of ours
+        lines.append(f"  {dumps(name)}: {text}")
+    return "{\n" + ",\n".join(lines) + "\n}"
 
 
 class _Bar:

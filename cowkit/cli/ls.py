@@ -10,7 +10,7 @@ from typing import Any
 
 from cowkit.disk.sizes import format_size
 from cowkit.errors import ControlError
-from cowkit.server.control import ControlClient
+from cowkit.server.control_client import ControlClient
 from cowkit.server.runtime import ServerInfo, running
 
 DESCRIPTION = "List the disks that `cowkit serve` and `cowkit run` serve at this moment for this user, oldest first."

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
 
 from cowkit.errors import CowkitError
+
+TYPE_CHECKING = False  # as typing has it, which takes long to import
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _ESCAPED = {number: f"\\x{number:02x}" for number in (*range(32), *range(127, 160))}
 """What would move a terminal's cursor, or worse: names may contain anything."""

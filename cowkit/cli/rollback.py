@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from cowkit.cli.choose import add_choice, choose
-from cowkit.server.control import ControlClient
+from cowkit.server.control_client import ControlClient
 
 DESCRIPTION = (
     "Put a disk that is being served back to a checkpoint. What was written since is thrown away, later checkpoints are gone, "

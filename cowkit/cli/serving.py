@@ -33,7 +33,7 @@ from cowkit.server.runtime import (
 if TYPE_CHECKING:
     from socket import socket as Socket
 
-    from cowkit.server.server import NbdServer
+    from cowkit.hosting.server import DiskServer
 
 
 def add_disk_arguments(parser: argparse.ArgumentParser) -> None:
@@ -225,7 +225,7 @@ class Serving:
         # Last: who has connected to a socket that was handed over, or to a known place, finds the rest in order.
         self.server.start()
 
-    def _listen(self, directory: Path) -> NbdServer:
+    def _listen(self, directory: Path) -> DiskServer:
         given = self._arguments
         told = given.tcp is not None or given.vsock is not None or any(uri_of(each, "") for each in self._listeners)
         own = given.socket is None and (self._local or not told)

@@ -1,7 +1,8 @@
 """Differences: dirty extents become changed extents, and those a qcow2 image on top of the base."""
 
 from cowkit.diff.native import backing_name, check_output, write_diff
+from cowkit.diff.options import Compression, ImageOptions
 from cowkit.diff.qcow2_reader import Qcow2Image
 from cowkit.diff.report import DiffReport
 
-__all__ = ["DiffReport", "Qcow2Image", "backing_name", "check_output", "write_diff"]
+__all__ = ["Compression", "DiffReport", "ImageOptions", "Qcow2Image", "backing_name", "check_output", "write_diff"]

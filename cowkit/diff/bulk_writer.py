@@ -1,14 +1,16 @@
-"""Writes large pieces of a file in a thread of its own, in the quicker of two ways.
+"""Writes large pieces of a file, in the quicker of two ways.
 
 Through the page cache, a write costs memory that is not there yet: cheap on most machines, but a page that a virtual machine
 touches for the first time can cost 25 microseconds, which is 0.4 s for 64 MiB. Around the page cache (O_DIRECT) it costs the
 disk's own time: 0.07 s there, and 0.4 s on a slow disk. Which is quicker is not for a program to know, but to measure: the
 first piece goes through the page cache, the second, if that was slow, around it, and all others the way that was quicker.
+
+What goes quickly is written at once. Once a piece was slow, a thread writes while the next piece comes together; before that,
+handing pieces to a thread and sharing the interpreter with it would take longer than it saves.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
 import threading
 import time
@@ -20,9 +22,8 @@ _SLOW = 1 / (1 << 30)
 """Seconds a byte from which on another way is worth a try: a second for 1 GiB."""
 
 
-def aligned_buffer(size: int) -> memoryview:
-    """``size`` bytes of memory from where O_DIRECT can write."""
-    return memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+_SMALL = 128 << 10
+"""Bytes of a piece that tells nothing about the two ways, and that no thread is worth while for."""
 
 
 class BulkWriter:
@@ -47,6 +48,13 @@ class BulkWriter:
 
     def write(self, data: memoryview, offset: int) -> None:
         """Have ``data`` written, which must stay as it is until the next call returns; raises what the last write raised."""
+        if len(data) < _SMALL:
+            self.drain()
+            self._pwrite(data, offset)
+            return
+        if self._cost.get(False, 0) <= _SLOW and self._thread is None:
+            self._put(data, offset)
+            return
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="cowkit-diff-writer", daemon=True)
             self._thread.start()

@@ -17,8 +17,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from cowkit.diff.bulk_writer import aligned_buffer
+from cowkit.diff.batch import Batch, Gathering
 from cowkit.diff.qcow2_layout import down, image_size, up
+from cowkit.diff.tally import Tally
 from cowkit.disk.extent import Extent, Kind
 
 if TYPE_CHECKING:
@@ -27,66 +28,8 @@ if TYPE_CHECKING:
 _PIECE = 1 << 20
 """Bytes that are read and compared at once where a long run is dirty; or one cluster, if that is more."""
 
-_BATCH = 1 << 20
-"""Bytes of a batch's data, at the most; or one cluster, if that is more."""
-
-_MOST_RUNS = 4096
-"""Runs of a batch, at the most."""
-
 _STEPS = 200
 """How often progress is told, about."""
-
-
-class Run(NamedTuple):
-    """Neighbouring clusters that are to be in the image: ``length`` bytes, cut at no disk's end.
-
-    ``DATA``: with their content. ``ZERO``: they read as zeroes, and the base's do not (or may not).
-    """
-
-    offset: int
-    length: int
-    kind: Kind
-
-
-class Batch(NamedTuple):
-    """Some ``runs``, in order, and the content of those that are ``DATA``, one after another.
-
-    ``data`` is good until the next batch but one is asked for: meanwhile it can be written.
-    """
-
-    runs: list[Run]
-    data: memoryview
-
-
-class Tally:
-    """What was counted on the way, in bytes and extents."""
-
-    def __init__(self) -> None:
-        self.dirty_bytes = 0
-        self.dirty_extents = 0
-        self.bytes_read = 0
-        self.changed: list[Extent] = []
-        self._offset = self._end = 0
-        self._kind = Kind.DATA
-
-    def mark(self, offset: int, length: int, kind: Kind) -> None:
-        """Note that a range is changed; ranges come in order."""
-        if offset == self._end and kind is self._kind:
-            self._end += length
-            return
-        self.finish()
-        self._offset, self._end, self._kind = offset, offset + length, kind
-
-    def finish(self) -> None:
-        """Put down the range at hand."""
-        if self._end > self._offset:
-            self.changed.append(Extent(self._offset, self._end - self._offset, self._kind))
-        self._offset = self._end
-
-    @property
-    def end(self) -> int:
-        """The end of the last range that was noted."""
-        return self._end
 
 
 class Part(NamedTuple):
@@ -102,45 +45,52 @@ def by_cluster(extents: Iterable[Extent], cluster_size: int) -> Iterator[Part | 
     for extent in extents:
         offset, length, kind = extent
         end = offset + length
-        first, last = up(offset, cluster_size), down(end, cluster_size)
-        if offset < first:  # begins within a cluster
-            piece = Extent(offset, min(end, first) - offset, kind)
-            if part is not None and part.start == first - cluster_size:
-                part.pieces.append(piece)
-            else:
-                if part is not None:
-                    yield part
-                part = Part(first - cluster_size, [piece])
-        if part is not None and end >= first:
+        start = down(offset, cluster_size)
+        if part is not None and part.start != start:
             yield part
             part = None
+        if end < start + cluster_size or (start < offset and end == start + cluster_size):  # lies within a cluster
+            if part is None:
+                part = Part(start, [extent])
+            else:
+                part.pieces.append(extent)
+            continue
+        first, last = up(offset, cluster_size), down(end, cluster_size)
+        if offset < first:  # begins within one
+            piece = Extent(offset, first - offset, kind)
+            if part is None:
+                part = Part(start, [piece])
+            else:
+                part.pieces.append(piece)
+            yield part
+        part = None
         if first < last:
             yield Extent(first, last - first, kind)
-        if first <= last < end:  # ends within another
+        if last < end:  # ends within another
             part = Part(last, [Extent(last, end - last, kind)])
     if part is not None:
         yield part
 
 
-class _BaseMap:
+class BaseMap:
     """Data and holes of the base, asked for as needed; beyond the base's end is one hole."""
 
     def __init__(self, view: FrozenView) -> None:
         self._base = view.base
         self._size = view.size
-        self._known: Extent | None = None
+        self._known = Extent(0, 0, Kind.HOLE)
 
     def at(self, offset: int) -> Extent:
         """The extent that ``offset`` lies in, or the rest of it."""
         known = self._known
-        if known is None or not known.offset <= offset < known.end:
+        if not known[0] <= offset < known[0] + known[1]:
             known = self._known = next(self.extents(offset, self._size - offset))
         return known
 
     def is_hole(self, offset: int, length: int) -> bool:
         """Whether the whole range is one hole."""
-        known = self.at(offset)
-        return known.kind is Kind.HOLE and known.end >= offset + length
+        start, size, kind = self.at(offset)
+        return kind is Kind.HOLE and start + size >= offset + length
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """Data and holes of a range."""
@@ -164,11 +114,8 @@ class Changes:
         self._cluster = cluster_size
         self._unit = min(view.block_size, cluster_size)
         self._piece = max(_PIECE, cluster_size)
-        self._map = _BaseMap(view)
-        self._batch = aligned_buffer(max(_BATCH, cluster_size))
-        self._other_batch = aligned_buffer(max(_BATCH, cluster_size))
-        self._filled = 0
-        self._runs: list[Run] = []
+        self._map = BaseMap(view)
+        self._batch = Gathering(cluster_size)
         self._aside = bytearray(self._piece)  # what the batch's content is compared with
         self._aside_view = memoryview(self._aside)
         self._zeroes = bytes(self._piece)
@@ -182,18 +129,23 @@ class Changes:
 
     def __iter__(self) -> Iterator[Batch]:
         at = -1
+        batch = self._batch
         for work in by_cluster(self._counted(), self._cluster):
             if isinstance(work, Part):
-                at = work.start
-                yield from self._dirty_in_part(at, work.pieces)
+                if batch.is_full:
+                    yield batch.take()
+                at, pieces = work
+                self._dirty_in_part(at, pieces)
             elif work.kind is Kind.DATA:
                 yield from self._written(work.offset, work.end)
             else:
                 yield from self._zeroed(work.offset, work.end)
         if self._forced > at:
-            yield from self._dirty_in_part(self._forced, [])
-        if self._runs:
-            yield self._take()
+            if self._batch.is_full:
+                yield self._batch.take()
+            self._dirty_in_part(self._forced, [])
+        if self._batch:
+            yield self._batch.take()
         self.tally.finish()
         if self._progress is not None:
             self._progress(self._total, self._total)
@@ -204,47 +156,50 @@ class Changes:
             self.tally.dirty_extents += 1
             yield extent
 
-    # Each of the next three deals with one stretch, and hands out the batch before it would overflow.
+    # Each of these deals with one stretch; of what there is more than a cluster, a batch is handed out before it overflows.
 
-    def _dirty_in_part(self, start: int, pieces: list[Extent]) -> Iterator[Batch]:
+    def _dirty_in_part(self, start: int, pieces: list[Extent]) -> None:
+        cluster, aside = self._cluster, self._aside
         forced = start == self._forced
-        length = min(self._cluster, self._view.size - start)
-        hole = self._map.is_hole(start, length)
-        if not forced and all(
-            each.kind is Kind.ZERO and (hole or self._map.is_hole(each.offset, each.length)) for each in pieces
-        ):
+        inside = cluster if start + cluster <= self._view.size else self._view.size - start
+        hole = self._map.is_hole(start, inside)
+        if not forced and self._is_zero_over_holes(pieces):
             self._advance(sum(each.length for each in pieces))
             return
-        if self._is_full():
-            yield self._take()
-        content = self._batch[self._filled : self._filled + self._cluster]
-        inside = 0 if hole else length
-        if inside:
+        content = self._batch.space(cluster)
+        if hole:
+            content[:] = self._zeroes_view[:cluster]
+        elif inside == cluster:
+            self._read_base(content, start)
+        else:
             self._read_base(content[:inside], start)
-        if inside < self._cluster:
-            content[inside:] = self._zeroes_view[inside : self._cluster]
+            content[inside:] = self._zeroes_view[inside:cluster]
         changed = forced
         for offset, size, kind in pieces:
-            old = content[offset - start : offset - start + size]
-            new: bytes | bytearray
+            at = offset - start
+            old = content[at : at + size]
+            new = self._aside_view[:size]
             if kind is Kind.DATA:
-                new, new_view = self._aside, self._aside_view[:size]
-                self._read(new_view, offset)
+                self._read(new, offset)
             else:
-                new, new_view = self._zeroes, self._zeroes_view[:size]
-            if not new.startswith(old):
+                new[:] = self._zeroes_view[:size]
+            if not aside.startswith(old):
                 changed = True
-                self._mark(offset, new_view, new, 0, old)
-                old[:] = new_view
+                self._mark(offset, new, aside, 0, old)
+                old[:] = new
             self._advance(size)
         if changed:
-            self._add(start, self._cluster, Kind.ZERO if self._zeroes.startswith(content) else Kind.DATA)
+            self._batch.add(start, cluster, Kind.ZERO if self._zeroes.startswith(content) else Kind.DATA)
+
+    def _is_zero_over_holes(self, pieces: list[Extent]) -> bool:
+        """Whether all of ``pieces`` are zeroed where the base has nothing."""
+        return all(not (kind is Kind.DATA or not self._map.is_hole(offset, length)) for offset, length, kind in pieces)
 
     def _written(self, start: int, end: int) -> Iterator[Batch]:
         while start < end:
-            if self._is_full():
-                yield self._take()
-            most = min(end - start, self._piece, len(self._batch) - self._filled)
+            if self._batch.is_full:
+                yield self._batch.take()
+            most = min(end - start, self._piece, down(self._batch.room, self._cluster))
             known = self._map.at(start)
             hole = down(known.end, self._cluster) - start if known.kind is Kind.HOLE else 0
             base: bytes | bytearray
@@ -253,7 +208,7 @@ class Changes:
             else:
                 length, base = min(most, up(known.end, self._cluster) - start), self._aside
                 self._read_base(self._aside_view[:length], start)
-            new = self._batch[self._filled : self._filled + length]
+            new = self._batch.space(length)
             self._read(new, start)
             if not base.startswith(new):
                 self._keep_changed(start, new, base)
@@ -265,15 +220,15 @@ class Changes:
         for extent in self._map.extents(start, end - start):
             if extent.kind is Kind.HOLE:
                 continue
-            if self._is_full():
-                yield self._take()
+            if self._batch.is_full:
+                yield self._batch.take()
             # The base's data may begin and end anywhere: two runs of it may share a block, or a cluster.
             first, last = max(down(extent.offset, self._unit), self.tally.end), up(extent.end, self._unit)
             if first < last:
                 self.tally.mark(first, last - first, Kind.ZERO)
             first, last = max(down(extent.offset, self._cluster), done), up(extent.end, self._cluster)
             if first < last:
-                self._add(first, last - first, Kind.ZERO)
+                self._batch.add(first, last - first, Kind.ZERO)
                 done = last
         self._advance(end - start)
 
@@ -286,42 +241,27 @@ class Changes:
                 continue
             self._mark(start + at, piece, base, at, piece)
             if self._zeroes.startswith(piece):
-                self._add(start + at, self._cluster, Kind.ZERO)
+                self._batch.add(start + at, self._cluster, Kind.ZERO)
                 continue
             if kept < at:
                 new[kept : kept + self._cluster] = piece
             kept += self._cluster
-            self._add(start + at, self._cluster, Kind.DATA)
+            self._batch.add(start + at, self._cluster, Kind.DATA)
 
     def _mark(self, offset: int, new: memoryview, one: bytes | bytearray, at: int, other: memoryview) -> None:
-        """Note which units of ``new``, which lies at ``offset``, are changed: those where ``one[at:]`` and ``other`` differ."""
+        """Note which units of ``new``, which lies at ``offset``, are changed: those where ``one[at:]`` and ``other`` differ.
+
+        There is such a unit.
+        """
         unit, zeroes, mark = self._unit, self._zeroes, self.tally.mark
-        for begin in range(0, len(new), unit):
+        length = len(new)
+        if length <= unit:
+            mark(offset, length, Kind.ZERO if zeroes.startswith(new) else Kind.DATA)
+            return
+        for begin in range(0, length, unit):
             if not one.startswith(other[begin : begin + unit], at + begin):
                 piece = new[begin : begin + unit]
                 mark(offset + begin, len(piece), Kind.ZERO if zeroes.startswith(piece) else Kind.DATA)
-
-    # The batch
-
-    def _is_full(self) -> bool:
-        return len(self._batch) - self._filled < self._cluster or len(self._runs) >= _MOST_RUNS
-
-    def _add(self, offset: int, length: int, kind: Kind) -> None:
-        if kind is Kind.DATA:
-            self._filled += length
-        if self._runs:
-            last = self._runs[-1]
-            if last.kind is kind and last.offset + last.length == offset:
-                self._runs[-1] = Run(last.offset, last.length + length, kind)
-                return
-        self._runs.append(Run(offset, length, kind))
-
-    def _take(self) -> Batch:
-        batch = Batch(self._runs, self._batch[: self._filled])
-        self._runs, self._filled = [], 0
-        # The next batch comes together while this one is being written.
-        self._batch, self._other_batch = self._other_batch, self._batch
-        return batch
 
     # Reading
 

@@ -1,22 +1,31 @@
-"""Writes the difference of a disk to a qcow2 image without any other program."""
+"""Writes the difference of a disk to an image without any other program."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from cowkit.diff.batch import Batch
+from cowkit.diff.bitmap_writer import add_bitmap, granularity_for
 from cowkit.diff.changed import Changes
+from cowkit.diff.options import ImageOptions
 from cowkit.diff.output import AtomicOutput
-from cowkit.diff.qcow2_layout import DEFAULT_CLUSTER, LONGEST_BACKING_NAME, geometry
-from cowkit.diff.qcow2_reader import backing_chain
+from cowkit.diff.qcow2_header import backing_chain
+from cowkit.diff.qcow2_layout import LONGEST_BACKING_NAME, Geometry, check_format_name, geometry
 from cowkit.diff.qcow2_writer import Qcow2Writer
+from cowkit.diff.raw_writer import RawWriter
 from cowkit.diff.report import DiffReport, amounts
+from cowkit.diff.subcluster_writer import SubclusterWriter
+from cowkit.diff.whole import Whole
 from cowkit.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
     from cowkit.disk import Base, FrozenView
+
+DEFAULTS = ImageOptions()
 
 
 def write_diff(
@@ -26,35 +35,50 @@ def write_diff(
     backing_file: str | None,
     backing_format: str = "raw",
     progress: Callable[[int, int], None] | None = None,
-    cluster_size: int = DEFAULT_CLUSTER,
+    options: ImageOptions = DEFAULTS,
 ) -> DiffReport:
-    """Write what differs between ``view`` and its base to a qcow2 version 3 image at ``path``, all at once or not at all.
+    """Write what differs between ``view`` and its base to an image at ``path``, all at once or not at all.
 
     The image is written beside ``path`` and renamed at the end; a file that is there already is replaced then.
 
-    :param backing_file: the base's name as the image is to have it, see :func:`backing_name`; None for a blank disk,
-        whose image stands alone.
+    :param backing_file: the base's name as the image is to have it, see :func:`backing_name`; None for a blank disk, and for
+        an image that has all of the disk: those stand alone.
     :param backing_format: the base's format as QEMU names it.
     :param progress: called with the dirty bytes dealt with and those there are in all, about 200 times; what it raises
         ends the writing.
-    :param cluster_size: in bytes; a power of two from 4096 bytes to 2 MiB.
-    :raises UsageError: no such cluster size, the disk is too large for it, or ``backing_file`` does not fit the disk.
+    :param options: the kind of image; qcow2 version 3 with clusters of 64 KiB unless given.
+    :raises UsageError: the options make no sense, the disk is too large for them, or ``backing_file`` does not fit the disk.
     :raises OutputError: the image cannot be written; an old file at ``path`` is as it was.
     :raises BaseChangedError: the base is not what it was when the disk was opened; an old file is as it was.
     """
     begun = time.perf_counter()
-    shape = geometry(view.size, cluster_size)
+    options.check()
+    shape = geometry(view.size, options.cluster, subclusters=options.subclusters)
     base_path = view.base.path
-    if backing_file is None and (base_path or view.base.given):
+    if backing_file is None and not options.has_all and (base_path or view.base.given):
         raise UsageError(f"a difference to {view.base.given} needs a name for it: give backing_file")
+    if backing_file is not None and options.has_all:
+        raise UsageError(f"an image with all of the disk has no backing file: leave out {backing_file}")
     name = _checked(backing_file) if backing_file is not None else None
+    check_format_name(backing_format)
     view.base.verify_path()
     with AtomicOutput(path, spare=_spared(base_path)) as output:
-        writer = Qcow2Writer(output, shape, backing_file=name, backing_format=backing_format)
-        changes = Changes(view, cluster_size, progress)
-        for batch in changes:
-            writer.add(batch)
-        writer.finish()
+        changes = Changes(view, shape.grain, progress)
+        batches: Iterable[Batch] = Whole(view, changes, shape.grain) if options.has_all else changes
+        if options.raw:
+            raw = RawWriter(output, view.size)
+            for batch in batches:
+                raw.add(batch)
+            raw.finish()
+        else:
+            with _writer(output, shape, name, backing_format, options) as writer:
+                for batch in batches:
+                    writer.add(batch)
+                bitmaps = None
+                if options.bitmap is not None:
+                    granularity = granularity_for(view.size, view.block_size)
+                    bitmaps = add_bitmap(writer, options.bitmap, view.dirty_extents(), granularity)
+                writer.finish(bitmaps)
         view.base.verify_path()
     tally = changes.tally
     changed_bytes, changed_extents, zeroed_bytes, zeroed_extents = amounts(tally.changed)
@@ -62,8 +86,8 @@ def write_diff(
         path=os.fspath(path),
         backing_file=backing_file,
         backing_format=backing_format if backing_file is not None else None,
-        virtual_size=shape.size,
-        cluster_size=cluster_size,
+        virtual_size=view.size if options.raw else shape.size,
+        cluster_size=shape.cluster_size,
         dirty_bytes=tally.dirty_bytes,
         dirty_extents=tally.dirty_extents,
         changed_bytes=changed_bytes,
@@ -75,6 +99,22 @@ def write_diff(
         seconds=time.perf_counter() - begun,
         changed=tuple(tally.changed),
     )
+
+
+@contextmanager
+def _writer(
+    output: AtomicOutput, shape: Geometry, name: bytes | None, backing_format: str, options: ImageOptions
+) -> Iterator[Qcow2Writer]:
+    if options.compress is not None:
+        from cowkit.diff.compressed_writer import CompressedWriter  # its thread pool takes 10 ms to import
+
+        with CompressedWriter(
+            output, shape, backing_file=name, backing_format=backing_format, method=options.compress
+        ) as compressed:
+            yield compressed
+        return
+    kind = SubclusterWriter if options.subclusters else Qcow2Writer
+    yield kind(output, shape, backing_file=name, backing_format=backing_format)
 
 
 def check_output(base: Base, path: str | os.PathLike[str]) -> None:

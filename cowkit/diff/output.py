@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import os
-import secrets
 import stat
+import zlib
 from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
@@ -57,7 +56,7 @@ class AtomicOutput:
             self._target = os.path.realpath(self.path)
             self._mode = self._check_target()
             directory, name = os.path.split(self._target)
-            stem = f".cowkit-{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}-"
+            stem = f".cowkit-{zlib.crc32(os.fsencode(name)):08x}-"  # names that share one share but the clearing up
             _remove_stale(directory, stem)
             self._open(os.path.join(directory, stem))
             if self._mode is not None:
@@ -93,7 +92,7 @@ class AtomicOutput:
     ) -> None:
         try:
             if kind is None:
-                self._bulk.drain()
+                self.drain()
                 os.rename(self._temporary, self._target)
                 self._temporary = ""
         except OSError as failure:
@@ -101,7 +100,7 @@ class AtomicOutput:
         finally:
             self._discard()
 
-    def pwrite(self, data: bytes | memoryview, offset: int) -> None:
+    def pwrite(self, data: bytes | bytearray | memoryview, offset: int) -> None:
         """Write all of ``data`` at ``offset``.
 
         :raises OutputError: there is no room, or the system fails to write.
@@ -126,6 +125,10 @@ class AtomicOutput:
                 offset += count
         except OSError as error:
             raise self._failed(error) from error
+
+    def drain(self) -> None:
+        """Wait until all of :meth:`pwrite_meanwhile` is written; raises what that does."""
+        self._bulk.drain()
 
     def truncate(self, length: int) -> None:
         """Make the file ``length`` bytes long.
@@ -179,7 +182,7 @@ class AtomicOutput:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         mode = 0o666 if self._mode is None else self._mode & 0o777
         while True:
-            self._temporary = f"{stem}{secrets.token_hex(8)}.tmp"
+            self._temporary = f"{stem}{os.urandom(8).hex()}.tmp"
             try:
                 self._fd = os.open(self._temporary, flags, mode)
             except FileExistsError:

@@ -25,6 +25,9 @@ SECTOR = 512
 LONGEST_BACKING_NAME = 1023
 """In bytes ("Header", backing_file_size)."""
 
+LONGEST_FORMAT_NAME = 15
+"""In bytes; QEMU's."""
+
 LARGEST_L1_TABLE = 32 << 20
 LARGEST_REFCOUNT_TABLE = 8 << 20
 """In bytes; limits of QEMU's ("Header", size; "Host cluster management")."""
@@ -41,6 +44,19 @@ COMPRESSED = 1 << 62
 READS_AS_ZERO = 1
 """Of an L2 entry: the cluster reads as zeroes, whatever the backing file has ("Standard Cluster Descriptor", bit 0)."""
 
+COMPRESSED_UNIT = 512
+"""Compressed clusters are measured in these, and begin at any byte ("Compressed Clusters Descriptor")."""
+
+SUBCLUSTERS = 32
+"""Of a cluster, with extended L2 entries ("Extended L2 Entries")."""
+
+SMALLEST_SPLIT_CLUSTER = 512 * SUBCLUSTERS
+"""The smallest cluster that QEMU divides: its subclusters are sectors."""
+
+EXTENDED_ENTRY = struct.Struct(">QQ")
+"""An extended L2 entry: the descriptor and the bitmap, in which bit x says that subcluster x is in the file and bit 32 + x
+that it reads as zeroes ("Extended L2 Entries")."""
+
 OFFSET_MASK = (1 << 56) - (1 << 9)
 """Of an L1 or L2 entry: the offset in the file ("Cluster mapping", bits 9 to 55)."""
 
@@ -52,9 +68,33 @@ EXTENSION = struct.Struct(">II")
 """Type and length of a header extension; its data follows, padded to 8 bytes ("Header extensions")."""
 EXTENSION_END = 0
 EXTENSION_BACKING_FORMAT = 0xE2792ACA
+EXTENSION_BITMAPS = 0x23852875
+
+BITMAPS = struct.Struct(">IIQQ")
+"""The bitmaps extension: how many there are, zero, size and offset of their directory ("Bitmaps extension")."""
+
+DIRECTORY_ENTRY = struct.Struct(">QIIBBHI")
+"""Of the directory of bitmaps: table's offset and entries, flags, type, granularity bits, bytes of the name and of extra
+data; the name follows ("Bitmap directory")."""
+
+ALL_SET = 1
+"""An entry of a bitmap's table for bits that are all set, in no cluster ("Bitmap table", bit 0)."""
+
+LONGEST_BITMAP_NAME = 1023
+"""In bytes, to QEMU."""
 
 INCOMPATIBLE_FEATURES = ("dirty", "corrupt", "external data file", "compression type", "extended L2 entries")
 """Names of the bits of incompatible_features, from bit 0 on ("Header")."""
+
+
+DIRTY, CORRUPT, EXTERNAL_DATA, COMPRESSION_TYPE, EXTENDED_L2 = range(5)
+"""Those bits."""
+
+BITMAPS_CONSISTENT = 0
+"""The bit of autoclear_features that says that whoever wrote the image last knew of its bitmaps ("Header")."""
+
+COMPRESSION_TYPES = ("zlib", "zstd")
+"""What compression_type says, from 0 on ("Header"); an image without that field has zlib."""
 
 
 class Header(NamedTuple):
@@ -82,6 +122,9 @@ class Header(NamedTuple):
 
 HEADER = struct.Struct(">4sIQIIQIIQQIIQQQQII")
 """The header's fields, see :class:`Header` ("Header")."""
+
+COMPRESSION_FIELD = struct.Struct(">B7x")
+"""What follows them in an image whose clusters are compressed by something else than zlib ("Header", compression_type)."""
 
 
 def up(number: int, unit: int) -> int:
@@ -111,11 +154,23 @@ def check_cluster_size(cluster_size: int) -> int:
     return cluster_size
 
 
+def check_format_name(name: str) -> str:
+    """``name`` if a backing file's format can be called so.
+
+    :raises UsageError: it is empty, has over 15 bytes, or is no plain word.
+    """
+    if not (0 < len(name) <= LONGEST_FORMAT_NAME and name.isascii() and name.replace("-", "").isalnum()):
+        raise UsageError(f"backing format {name[:40]!r} is no name of a format, such as 'raw' or 'qcow2'")
+    return name
+
+
 class Geometry(NamedTuple):
-    """What follows from the two numbers of an image: its virtual size and its cluster size, both in bytes."""
+    """What follows from an image's virtual size and cluster size, both in bytes, and from whether clusters are divided."""
 
     size: int
     cluster_size: int
+    subclusters: bool = False
+    """Whether L2 entries are extended ones."""
 
     @property
     def cluster_bits(self) -> int:
@@ -123,9 +178,24 @@ class Geometry(NamedTuple):
         return self.cluster_size.bit_length() - 1
 
     @property
+    def grain(self) -> int:
+        """The least that the image can take from the backing file or not, in bytes: a subcluster, or a cluster."""
+        return self.cluster_size // SUBCLUSTERS if self.subclusters else self.cluster_size
+
+    @property
+    def l2_entry(self) -> int:
+        """Bytes of an L2 entry."""
+        return EXTENDED_ENTRY.size if self.subclusters else ENTRY.size
+
+    @property
     def l2_entries(self) -> int:
         """Entries of an L2 table, which is one cluster ("Cluster mapping")."""
-        return self.cluster_size // ENTRY.size
+        return self.cluster_size // self.l2_entry
+
+    @property
+    def compressed_offset_bits(self) -> int:
+        """How many bits of a compressed cluster's L2 entry are its offset ("Compressed Clusters Descriptor")."""
+        return 62 - (self.cluster_bits - 8)
 
     @property
     def l2_reach(self) -> int:
@@ -143,12 +213,16 @@ class Geometry(NamedTuple):
         return self.cluster_size // REFCOUNT_BYTES
 
 
-def geometry(size: int, cluster_size: int) -> Geometry:
+def geometry(size: int, cluster_size: int, *, subclusters: bool = False) -> Geometry:
     """The geometry of an image for a disk of ``size`` bytes, which is rounded up to whole sectors.
 
     :raises UsageError: no such cluster size, or the disk is too large for it.
     """
-    made = Geometry(image_size(size), check_cluster_size(cluster_size))
+    made = Geometry(image_size(size), check_cluster_size(cluster_size), subclusters)
+    if subclusters and cluster_size < SMALLEST_SPLIT_CLUSTER:
+        raise UsageError(
+            f"clusters of {cluster_size} bytes have no subclusters: give a cluster size of {SMALLEST_SPLIT_CLUSTER} or more"
+        )
     if made.l1_entries * ENTRY.size > LARGEST_L1_TABLE:
         most = LARGEST_L1_TABLE // ENTRY.size * made.l2_reach
         raise UsageError(
@@ -178,6 +252,14 @@ def refcounts_for(shape: Geometry, clusters: int) -> Refcounts:
         blocks, table = need_blocks, need_table
 
 
+class Bitmaps(NamedTuple):
+    """Where an image's persistent bitmaps are ("Bitmaps extension")."""
+
+    number: int
+    directory_size: int
+    directory_offset: int
+
+
 def head_of_file(
     shape: Geometry,
     *,
@@ -186,18 +268,26 @@ def head_of_file(
     refcount_table_clusters: int,
     backing_file: bytes | None,
     backing_format: str,
+    compression: int = 0,
+    bitmaps: Bitmaps | None = None,
 ) -> bytes:
-    """The header, its extensions and the name of the backing file: the beginning of the first cluster."""
+    """The header, its extensions and the name of the backing file: the beginning of the first cluster.
+
+    :param compression: the index in :data:`COMPRESSION_TYPES`.
+    """
+    more = COMPRESSION_FIELD.pack(compression) if compression else b""
     extensions = b""
     if backing_file is not None:
-        format_name = backing_format.encode()
-        extensions += EXTENSION.pack(EXTENSION_BACKING_FORMAT, len(format_name))
-        extensions += format_name.ljust(up(len(format_name), 8), b"\0")
-    extensions += EXTENSION.pack(EXTENSION_END, 0)
+        extensions += _extension(EXTENSION_BACKING_FORMAT, backing_format.encode())
+    if bitmaps is not None:
+        data = BITMAPS.pack(bitmaps.number, 0, bitmaps.directory_size, bitmaps.directory_offset)
+        extensions += _extension(EXTENSION_BITMAPS, data)
+    extensions += _extension(EXTENSION_END, b"")
+    before = HEADER.size + len(more) + len(extensions)
     header = Header(
         magic=MAGIC,
         version=VERSION,
-        backing_file_offset=HEADER.size + len(extensions) if backing_file is not None else 0,
+        backing_file_offset=before if backing_file is not None else 0,
         backing_file_size=len(backing_file) if backing_file is not None else 0,
         cluster_bits=shape.cluster_bits,
         size=shape.size,
@@ -208,10 +298,14 @@ def head_of_file(
         refcount_table_clusters=refcount_table_clusters,
         nb_snapshots=0,
         snapshots_offset=0,
-        incompatible_features=0,
+        incompatible_features=bool(compression) << COMPRESSION_TYPE | shape.subclusters << EXTENDED_L2,
         compatible_features=0,
-        autoclear_features=0,
+        autoclear_features=(bitmaps is not None) << BITMAPS_CONSISTENT,
         refcount_order=REFCOUNT_ORDER,
-        header_length=HEADER.size,
+        header_length=HEADER.size + len(more),
     )
-    return HEADER.pack(*header) + extensions + (backing_file or b"")
+    return HEADER.pack(*header) + more + extensions + (backing_file or b"")
+
+
+def _extension(kind: int, data: bytes) -> bytes:
+    return EXTENSION.pack(kind, len(data)) + data.ljust(up(len(data), 8), b"\0")

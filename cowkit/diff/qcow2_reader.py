@@ -1,39 +1,37 @@
 """Reads qcow2 version 3 images, strictly: whatever a field or an entry says is checked before it is believed.
 
-It reads what cowkit writes and what QEMU writes without special features: no compression, encryption, internal snapshots,
-external data files or extended L2 entries. Those are refused by name, as is every incompatible feature that is
-not known ("Header", incompatible_features). Sections are those of QEMU's docs/interop/qcow2.txt.
+It reads what cowkit writes and what QEMU writes without special features: no encryption, internal snapshots or external
+data files. Those are refused by name, as is every incompatible feature that is not known ("Header",
+incompatible_features). Sections are those of QEMU's docs/interop/qcow2.txt.
 """
 
 from __future__ import annotations
 
 import os
-import stat
 import struct
+import sys
+from array import array
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import NamedTuple, Self
 
+from cowkit.diff.bitmap_reader import StoredBitmap, read_bitmaps
+from cowkit.diff.compression import decompress
+from cowkit.diff.qcow2_header import open_image, read_head
 from cowkit.diff.qcow2_layout import (
     COMPRESSED,
+    COMPRESSED_UNIT,
     COPIED,
     ENTRY,
-    EXTENSION,
-    EXTENSION_BACKING_FORMAT,
-    EXTENSION_END,
-    HEADER,
-    INCOMPATIBLE_FEATURES,
+    EXTENDED_L2,
     LARGEST_L1_TABLE,
     LARGEST_REFCOUNT_TABLE,
-    LONGEST_BACKING_NAME,
-    MAGIC,
     OFFSET_MASK,
     READS_AS_ZERO,
     REFCOUNT_BYTES,
     REFCOUNT_ORDER,
-    VERSION,
+    SUBCLUSTERS,
     Geometry,
-    Header,
     up,
 )
 from cowkit.disk.extent import Extent, Kind, merged
@@ -43,17 +41,15 @@ Pread = Callable[[int, int], bytes]
 """``pread(length, offset)``, as bases and disks have it."""
 
 _CACHED_TABLES = 64
-_MOST_CLUSTER_BITS = 21
-_LEAST_CLUSTER_BITS = 9
-_RAW_EXTERNAL_DATA = 2  # of autoclear_features ("Header", bit 1)
-_LONGEST_CHAIN = 200
-_LONGEST_FORMAT_NAME = 15  # to QEMU
+_ALL_SUBCLUSTERS = (1 << SUBCLUSTERS) - 1
 
 
-class _Head(NamedTuple):
-    header: Header
-    backing_file: str | None
-    backing_format: str | None
+class _Run(NamedTuple):
+    """A run of one kind, and where in the file its data begin; or the L2 entry of a compressed cluster that it is in."""
+
+    extent: Extent
+    host: int = 0
+    compressed: int = 0
 
 
 class Qcow2Image:
@@ -69,18 +65,33 @@ class Qcow2Image:
         self._backing_pread = backing_pread
         self._backing_size = backing_size
         self._tables: dict[int, tuple[int, ...]] = {}
-        self._fd = _open(self.path)
+        self._unpacked: tuple[int, bytes] = (0, b"")
+        """The compressed cluster that was last read: its L2 entry and its content."""
+        self._fd = open_image(self.path)
         try:
             self._file_size = os.lseek(self._fd, 0, os.SEEK_END)
-            head = _read_head(self.path, self._fd)
+            head = read_head(self.path, self._fd)
             self._header = head.header
             self.backing_file = head.backing_file
             """The name of the backing file as it is recorded; None without one."""
             self.backing_format = head.backing_format
             """The backing file's format as it is recorded, such as ``"raw"``; None where it is not."""
+            self._compression = head.compression
+            self._shape = Geometry(
+                head.header.size,
+                1 << head.header.cluster_bits,
+                subclusters=bool(head.header.incompatible_features >> EXTENDED_L2 & 1),
+            )
             self._check_header()
-            self._shape = Geometry(head.header.size, 1 << head.header.cluster_bits)
             self._l1 = self._read_l1()
+            self._directory = (
+                (head.bitmaps.directory_offset, -(-head.bitmaps.directory_size // self.cluster_size))
+                if head.bitmaps
+                else None
+            )
+            self._bitmaps: dict[str, StoredBitmap] = read_bitmaps(
+                head.bitmaps, self._shape, self._read_clusters, self._bad
+            )
         except BaseException:
             self.close()
             raise
@@ -118,8 +129,11 @@ class Qcow2Image:
         if offset < 0 or length < 0 or offset + length > self.size:
             raise UsageError(f"bytes {offset} to {offset + length} are not within the image, which has {self.size}")
         parts = []
-        for run, host in self._runs(offset, offset + length):
-            if run.kind is Kind.DATA:
+        for run, host, compressed in self._runs(offset, offset + length):
+            if compressed:
+                at = run.offset % self.cluster_size
+                parts.append(self._decompressed(compressed)[at : at + run.length])
+            elif run.kind is Kind.DATA:
                 parts.append(self._read(run.length, host, "data"))
             elif run.kind is Kind.ZERO or self.backing_file is None:
                 parts.append(bytes(run.length))
@@ -133,17 +147,34 @@ class Qcow2Image:
         :raises ImageError: the image is damaged there.
         """
         end = self.size if length is None else min(offset + length, self.size)
-        return merged(run for run, _ in self._runs(offset, end))
+        return merged(run.extent for run in self._runs(offset, end))
+
+    def bitmap(self, name: str) -> Iterator[Extent]:
+        """What the persistent bitmap ``name`` has as dirty (``DATA``), in order.
+
+        :raises UsageError: there is no such bitmap.
+        :raises ImageError: the image is damaged there.
+        """
+        if name not in self._bitmaps:
+            there = ", ".join(self._bitmaps) or "none"
+            raise UsageError(f"image {self.path} has no bitmap {name!r} (it has {there})")
+        return merged(self._bitmaps[name].extents(self.size, self._read_clusters))
+
+    @property
+    def bitmaps(self) -> list[str]:
+        """The names of the persistent bitmaps."""
+        return list(self._bitmaps)
 
     def check(self) -> None:
-        """Check that each cluster of the file has one user and a refcount of one, or none and zero, and is marked so.
+        """Check that each cluster of the file has as many users as its refcount says, more than one only if they are compressed.
 
         :raises ImageError: it is not so.
         """
         size = self.cluster_size
         if self._header.refcount_order != REFCOUNT_ORDER:
             raise self._bad(f"it has refcounts of {1 << self._header.refcount_order} bits, and cowkit checks 16")
-        uses = bytearray(-(-self._file_size // size))
+        uses = array("H", bytes(-(-self._file_size // size) * REFCOUNT_BYTES))
+        packed: set[int] = set()
 
         def use(offset: int, what: str, count: int = 1) -> None:
             for cluster in range(offset // size, offset // size + count):
@@ -155,12 +186,26 @@ class Qcow2Image:
         if self._l1:
             use(self._header.l1_table_offset, "the L1 table", -(-len(self._l1) * ENTRY.size // size))
         use(self._header.refcount_table_offset, "the refcount table", self._header.refcount_table_clusters)
+        for stored in self._bitmaps.values():
+            for offset in stored.clusters:
+                use(offset, "a bitmap")
+        if self._directory:
+            use(self._directory[0], "the directory of bitmaps", self._directory[1])
         for index, entry in enumerate(self._l1):
             if not entry:
                 continue
             use(self._marked(entry, f"L1 entry {index}"), "an L2 table")
-            for at, each in enumerate(self._table(index)):
-                if each & OFFSET_MASK:
+            for at, each in enumerate(self._table(index)[:: 2 if self._shape.subclusters else 1]):
+                if each & COMPRESSED:
+                    host, length = self._place(each)
+                    for cluster in range(host // size, -(-(host + length) // size)):
+                        if uses[cluster] and cluster not in packed:
+                            raise self._bad(
+                                f"the cluster at byte {cluster * size} is used twice, again for compressed data"
+                            )
+                        packed.add(cluster)
+                        uses[cluster] += 1
+                elif each & OFFSET_MASK:
                     use(self._marked(each, f"L2 entry {at} of table {index}"), "data")
         table = self._read(
             self._header.refcount_table_clusters * size, self._header.refcount_table_offset, "the refcount table"
@@ -181,7 +226,7 @@ class Qcow2Image:
             raise self._bad(f"its refcount table has {header.refcount_table_clusters} clusters, over 8 MiB")
         if not header.refcount_table_clusters:
             raise self._bad("it has no refcount table")
-        need = Geometry(header.size, 1 << header.cluster_bits).l1_entries
+        need = self._shape.l1_entries
         if header.l1_size < need:
             raise self._bad(f"its L1 table has {header.l1_size} entries, and {header.size} bytes need {need}")
         if header.l1_size:
@@ -211,45 +256,106 @@ class Qcow2Image:
         if table is None:
             offset = self._l1[index] & OFFSET_MASK
             raw = self._read(self.cluster_size, offset, "an L2 table")
-            table = struct.unpack(f">{self._shape.l2_entries}Q", raw)
-            last_seen = 0
-            for at, entry in enumerate(table):
-                if entry != last_seen and entry > READS_AS_ZERO:
-                    self._check_entry(entry, f"L2 entry {at} of table {index}")
-                last_seen = entry
+            table = struct.unpack(f">{len(raw) // ENTRY.size}Q", raw)
+            if self._shape.subclusters:
+                for at in range(0, len(table), 2):
+                    if table[at] or table[at + 1]:
+                        self._check_extended(table[at], table[at + 1], f"L2 entry {at // 2} of table {index}")
+            else:
+                last_seen = 0
+                for at, entry in enumerate(table):
+                    if entry != last_seen and entry > READS_AS_ZERO:
+                        self._check_entry(entry, f"L2 entry {at} of table {index}")
+                    last_seen = entry
             if len(self._tables) >= _CACHED_TABLES:
                 del self._tables[next(iter(self._tables))]
             self._tables[index] = table
         return table
 
     def _check_entry(self, entry: int, what: str) -> None:
-        """Check a standard cluster descriptor ("Cluster mapping")."""
+        """Check an L2 entry ("Cluster mapping")."""
         if entry & COMPRESSED:
-            raise self._bad(f"{what} is a compressed cluster, which cowkit does not read")
+            host, length = self._place(entry)
+            if entry & COPIED or host < self.cluster_size or host + length > up(self._file_size, self.cluster_size):
+                raise self._bad(f"{what} is {entry:#x}: no compressed cluster can be there")
+            return
         if not entry & OFFSET_MASK:
             raise self._bad(f"{what} is {entry:#x}: it marks a cluster that it does not have")
         self._offset(entry, entry & ~(COPIED | READS_AS_ZERO), what)
 
-    def _runs(self, offset: int, end: int) -> Iterator[tuple[Extent, int]]:
-        """The range as runs of one kind, with where in the file the data of each is."""
+    def _check_extended(self, entry: int, bits: int, what: str) -> None:
+        """Check an extended L2 entry ("Extended L2 Entries")."""
+        held, zero = bits & _ALL_SUBCLUSTERS, bits >> SUBCLUSTERS
+        if entry & READS_AS_ZERO or held & zero or (held and not entry) or (bits and entry & COMPRESSED):
+            raise self._bad(f"{what} is {entry:#x} with {bits:#x} for its subclusters, which contradict each other")
+        if entry:
+            self._check_entry(entry, what)
+
+    def _runs(self, offset: int, end: int) -> Iterator[_Run]:
+        """The range as runs of one kind."""
         size = self.cluster_size
         while offset < end:
             table, index = divmod(offset // size, self._shape.l2_entries)
             if not self._l1[table]:
                 stop = min(end, (table + 1) * self._shape.l2_reach)
-                yield Extent(offset, stop - offset, Kind.HOLE), 0
+                yield _Run(Extent(offset, stop - offset, Kind.HOLE))
                 offset = stop
                 continue
-            entry = self._table(table)[index]
             stop = min(end, (offset // size + 1) * size)
             run = Extent(offset, stop - offset, Kind.DATA)
-            if entry & READS_AS_ZERO:
-                yield run._replace(kind=Kind.ZERO), 0
-            elif entry:
-                yield run, (entry & OFFSET_MASK) + offset % size
+            if self._shape.subclusters:
+                entry, bits = self._table(table)[2 * index : 2 * index + 2]
             else:
-                yield run._replace(kind=Kind.HOLE), 0
+                entry, bits = self._table(table)[index], 0
+            if entry & COMPRESSED:
+                yield _Run(run, compressed=entry)
+            elif self._shape.subclusters:
+                yield from self._runs_of_subclusters(run, entry & OFFSET_MASK, bits)
+            elif entry & READS_AS_ZERO:
+                yield _Run(run._replace(kind=Kind.ZERO))
+            elif entry:
+                yield _Run(run, (entry & OFFSET_MASK) + offset % size)
+            else:
+                yield _Run(run._replace(kind=Kind.HOLE))
             offset = stop
+
+    def _runs_of_subclusters(self, part: Extent, host: int, bits: int) -> Iterator[_Run]:
+        """The same of ``part`` of a cluster that is divided."""
+        offset, grain = part.offset, self._shape.grain
+        while offset < part.end:
+            at = offset % self.cluster_size
+            stop = min(part.end, (offset // grain + 1) * grain)
+            run = Extent(offset, stop - offset, Kind.HOLE)
+            if bits >> at // grain & 1:
+                yield _Run(run._replace(kind=Kind.DATA), host + at)
+            elif bits >> SUBCLUSTERS + at // grain & 1:
+                yield _Run(run._replace(kind=Kind.ZERO))
+            else:
+                yield _Run(run)
+            offset = stop
+
+    # Compressed clusters
+
+    def _place(self, entry: int) -> tuple[int, int]:
+        """Where the data of a compressed cluster may be: offset and length ("Compressed Clusters Descriptor")."""
+        bits = self._shape.compressed_offset_bits
+        host = entry & (1 << bits) - 1
+        sectors = (entry & ~(COPIED | COMPRESSED)) >> bits
+        return host, (sectors + 1) * COMPRESSED_UNIT - host % COMPRESSED_UNIT
+
+    def _decompressed(self, entry: int) -> bytes:
+        """The content of a compressed cluster."""
+        if self._unpacked[0] != entry:
+            host, length = self._place(entry)
+            packed = self._read(length, host, "compressed data")
+            try:
+                content = decompress(self._compression, packed, self.cluster_size)
+            except ValueError as error:
+                raise self._bad(f"the compressed cluster at byte {host} cannot be decompressed: {error}") from error
+            if len(content) < self.cluster_size:
+                raise self._bad(f"the compressed cluster at byte {host} ends after {len(content)} bytes")
+            self._unpacked = entry, content
+        return self._unpacked[1]
 
     # Refcounts
 
@@ -258,23 +364,29 @@ class Qcow2Image:
             raise self._bad(f"{what} does not say that its cluster has one user")
         return entry & OFFSET_MASK
 
-    def _check_refcounts(self, blocks: list[int], uses: bytearray) -> None:
+    def _check_refcounts(self, blocks: list[int], uses: array[int]) -> None:
         size, entries = self.cluster_size, self._shape.refcounts
         for index in range(max(len(blocks), -(-len(uses) // entries))):
             block = blocks[index] if index < len(blocks) else 0
-            used = bytes(uses[index * entries : (index + 1) * entries])
+            used = uses[index * entries : (index + 1) * entries]
             if not block and not any(used):
                 continue
-            expected = used.ljust(entries, b"\0")
-            found = self._read(size, block, "a refcount block") if block else bytes(size)
-            if found[1::REFCOUNT_BYTES] == expected and not found[0::REFCOUNT_BYTES].strip(b"\0"):
+            used.frombytes(bytes((entries - len(used)) * REFCOUNT_BYTES))
+            found = array("H", self._read(size, block, "a refcount block") if block else bytes(size))
+            if sys.byteorder == "little":
+                found.byteswap()
+            if found == used:
                 continue
-            for at, (count,) in enumerate(struct.iter_unpack(">H", found)):
-                if count != expected[at]:
+            for at, count in enumerate(found):
+                if count != used[at]:
                     where = (index * entries + at) * size
-                    raise self._bad(f"the cluster at byte {where} has {expected[at]} users and a refcount of {count}")
+                    raise self._bad(f"the cluster at byte {where} has {used[at]} users and a refcount of {count}")
 
     # Reading
+
+    def _read_clusters(self, length: int, offset: int, what: str) -> bytes:
+        self._check_range(offset, length, what)
+        return self._read(length, offset, what)
 
     def _offset(self, entry: int, offset: int, what: str) -> int:
         """``offset``, which is what is left of ``entry`` without its flags, if there can be a cluster.
@@ -322,104 +434,3 @@ class Qcow2Image:
 
     def _bad(self, what: str) -> ImageError:
         return ImageError(f"image {self.path} is damaged or not for cowkit: {what}")
-
-
-def backing_chain(path: str) -> list[str]:
-    """The files that the image at ``path`` stands on, one on top of the other; none where it is no qcow2 image.
-
-    Names are followed as QEMU does: a relative one from the directory of the image that has it. The list ends at the
-    first that cannot be read.
-    """
-    chain: list[str] = []
-    while len(chain) < _LONGEST_CHAIN:
-        try:
-            if not stat.S_ISREG(os.stat(path).st_mode):
-                break
-            fd = _open(path)
-            try:
-                name = _read_head(path, fd).backing_file
-            finally:
-                os.close(fd)
-        except (ImageError, OSError, ValueError):
-            break
-        if name is None:
-            break
-        path = os.path.join(os.path.dirname(path), name)
-        if path in chain:
-            break
-        chain.append(path)
-    return chain
-
-
-def _open(path: str) -> int:
-    try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise ImageError(f"cannot open image {path}: {error.strerror}") from error
-    except ValueError as error:  # a null byte in the path
-        raise ImageError(f"cannot open image {path!r}: {error}") from error
-
-
-def _read_head(path: str, fd: int) -> _Head:
-    """The header, the backing file's name and its format ("Header", "Header extensions")."""
-
-    def bad(what: str) -> ImageError:
-        return ImageError(f"image {path} is damaged or not for cowkit: {what}")
-
-    try:
-        raw = os.pread(fd, 1 << _MOST_CLUSTER_BITS, 0)
-    except OSError as error:
-        raise ImageError(f"cannot read image {path}: {error.strerror}") from error
-    if raw[: len(MAGIC)] != MAGIC:
-        raise ImageError(f"{path} is no qcow2 image: it does not begin with 'QFI' and 0xfb")
-    if len(raw) < HEADER.size:
-        raise bad(f"it ends within its header, after {len(raw)} bytes")
-    header = Header._make(HEADER.unpack_from(raw))
-    if header.version != VERSION:
-        raise bad(f"it has version {header.version}, and cowkit reads version {VERSION}")
-    for bit in range(64):
-        if header.incompatible_features >> bit & 1:
-            feature = INCOMPATIBLE_FEATURES[bit] if bit < len(INCOMPATIBLE_FEATURES) else "unknown"
-            raise bad(f"it has the incompatible feature {bit} ({feature})")
-    if header.autoclear_features & _RAW_EXTERNAL_DATA:
-        raise bad("it says that an external data file is raw, and has none")
-    if not _LEAST_CLUSTER_BITS <= header.cluster_bits <= _MOST_CLUSTER_BITS:
-        raise bad(f"it has clusters of 2**{header.cluster_bits} bytes")
-    if header.crypt_method:
-        raise bad(f"it is encrypted (method {header.crypt_method})")
-    if header.nb_snapshots or header.snapshots_offset:
-        raise bad(f"it has {header.nb_snapshots} internal snapshots, at byte {header.snapshots_offset}")
-    if header.refcount_order > 6:
-        raise bad(f"it has refcounts of 2**{header.refcount_order} bits")
-    cluster = raw[: 1 << header.cluster_bits]
-    if header.header_length < HEADER.size or header.header_length % 8 or header.header_length > len(cluster):
-        raise bad(f"its header has {header.header_length} bytes")
-    name: str | None = None
-    end = len(cluster)
-    if header.backing_file_offset:
-        start, length = header.backing_file_offset, header.backing_file_size
-        end = start
-        if not 0 < length <= LONGEST_BACKING_NAME or start < header.header_length or start + length > len(cluster):
-            raise bad(f"the name of its backing file has {length} bytes at byte {start}")
-        name = os.fsdecode(cluster[start : start + length])
-        if "\0" in name:
-            raise bad("the name of its backing file has a null byte")
-    return _Head(header, name, _backing_format(cluster[:end], header.header_length, bad))
-
-
-def _backing_format(area: bytes, at: int, bad: Callable[[str], ImageError]) -> str | None:
-    """The backing file's format, from the extensions, which are in ``area`` from ``at`` on."""
-    found: str | None = None
-    while at + EXTENSION.size <= len(area):
-        kind, length = EXTENSION.unpack_from(area, at)
-        at += EXTENSION.size
-        if at + length > len(area):
-            raise bad(f"header extension {kind:#x} has {length} bytes, more than there are")
-        if kind == EXTENSION_END:
-            break
-        if kind == EXTENSION_BACKING_FORMAT:
-            if length > _LONGEST_FORMAT_NAME:
-                raise bad(f"the name of its backing file's format has {length} bytes")
-            found = area[at : at + length].decode("ascii", "backslashreplace")
-        at = up(at + length, 8)
-    return found

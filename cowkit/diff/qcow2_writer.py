@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from cowkit.diff.changed import Batch
+from cowkit.diff.batch import Batch
 from cowkit.diff.output import AtomicOutput
-from cowkit.diff.qcow2_layout import COPIED, ENTRY, READS_AS_ZERO, Geometry, head_of_file, refcounts_for, up
+from cowkit.diff.qcow2_layout import COPIED, ENTRY, READS_AS_ZERO, Bitmaps, Geometry, head_of_file, refcounts_for, up
 from cowkit.disk.extent import Kind
 
 _PAGE = 4096
@@ -27,11 +27,14 @@ class Qcow2Writer:
     :param backing_format: the backing file's format, such as ``"raw"``.
     """
 
+    compression = 0
+    """The index in :data:`cowkit.diff.qcow2_layout.COMPRESSION_TYPES`."""
+
     def __init__(
         self, output: AtomicOutput, shape: Geometry, *, backing_file: bytes | None, backing_format: str
     ) -> None:
+        self.shape = shape
         self._output = output
-        self._shape = shape
         self._backing_file = backing_file
         self._backing_format = backing_format
         self._end = shape.cluster_size  # the header's cluster comes first
@@ -41,29 +44,26 @@ class Qcow2Writer:
 
     def add(self, batch: Batch) -> None:
         """Write the clusters of ``batch``; batches come in the disk's order."""
-        host = self._allocate(len(batch.data))
+        host = self.allocate(len(batch.data))
         if batch.data:
             self._output.pwrite_meanwhile(batch.data, host)
-        size = self._shape.cluster_size
+        else:
+            self._output.drain()  # or what an earlier batch has there may be overwritten while it is being written
         for run in batch.runs:
-            for index, count in self._entries(run.offset, run.length):
-                if run.kind is Kind.ZERO:
-                    self._l2[index * ENTRY.size : (index + count) * ENTRY.size] = _ZERO_ENTRY * count
-                    continue
-                for at in range(index * ENTRY.size, (index + count) * ENTRY.size, ENTRY.size):
-                    ENTRY.pack_into(self._l2, at, host | COPIED)
-                    host += size
+            host = self._map(run.offset, run.length, run.kind, host)
 
-    def finish(self) -> None:
+    def finish(self, bitmaps: Bitmaps | None = None) -> None:
         """Write the tables and the header."""
-        shape = self._shape
+        shape = self.shape
         self._put_l2()
-        l1_offset = self._put_table(self._l1) if self._l1 else 0
+        l1_offset = self.put_table(self._l1) if self._l1 else 0
         counts = refcounts_for(shape, self._end // shape.cluster_size)
-        blocks = self._allocate(counts.blocks * shape.cluster_size)
-        self._put(blocks, _REFCOUNT_ONE * counts.total)
-        table = self._allocate(counts.table_clusters * shape.cluster_size)
-        self._put(table, b"".join(ENTRY.pack(blocks + i * shape.cluster_size) for i in range(counts.blocks)))
+        blocks = self.allocate(counts.blocks * shape.cluster_size)
+        refcounts = bytearray(_REFCOUNT_ONE * counts.total)
+        self._count(refcounts)
+        self.put(blocks, refcounts)
+        table = self.allocate(counts.table_clusters * shape.cluster_size)
+        self.put(table, b"".join(ENTRY.pack(blocks + i * shape.cluster_size) for i in range(counts.blocks)))
         head = head_of_file(
             shape,
             l1_table_offset=l1_offset,
@@ -71,41 +71,62 @@ class Qcow2Writer:
             refcount_table_clusters=counts.table_clusters,
             backing_file=self._backing_file,
             backing_format=self._backing_format,
+            compression=self.compression,
+            bitmaps=bitmaps,
         )
-        self._put(0, head)
+        self.put(0, head)
         self._output.truncate(self._end)
 
-    def _entries(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
-        """Index and number of the L2 entries of a range, table by table; ``self._l2`` is the table they are in."""
-        cluster, end = offset // self._shape.cluster_size, (offset + length) // self._shape.cluster_size
-        while cluster < end:
-            table, index = divmod(cluster, self._shape.l2_entries)
-            if table != self._l2_index:
-                self._put_l2()
-                self._l2_index = table
-                self._l2 = bytearray(self._shape.cluster_size)
-            count = min(end - cluster, self._shape.l2_entries - index)
-            yield index, count
-            cluster += count
-
-    def _put_l2(self) -> None:
-        if self._l2_index >= 0:
-            ENTRY.pack_into(self._l1, self._l2_index * ENTRY.size, self._put_table(self._l2) | COPIED)
-
-    def _put_table(self, table: bytearray) -> int:
-        """Write the part of ``table`` that is not zero, in whole pages, and say where the table is."""
-        offset = self._allocate(up(len(table), self._shape.cluster_size))
-        first = (len(table) - len(table.lstrip(b"\0"))) // _PAGE * _PAGE
-        last = up(len(table.rstrip(b"\0")), _PAGE)
+    def put_table(self, table: bytearray) -> int:
+        """Write the part of ``table`` that is not zero, in whole pages, to clusters of its own, and say where these are."""
+        offset = self.allocate(up(len(table), self.shape.cluster_size))
+        first, last = 0, len(table)
+        if last > _PAGE:
+            first = (last - len(table.lstrip(b"\0"))) // _PAGE * _PAGE
+            last = up(len(table.rstrip(b"\0")), _PAGE)
         if first < last:
-            self._put(offset + first, memoryview(table)[first:last])
+            self.put(offset + first, memoryview(table)[first:last])
         return offset
 
-    def _allocate(self, length: int) -> int:
+    def allocate(self, length: int) -> int:
+        """Where the next whole clusters, ``length`` bytes in all, are in the file."""
         offset = self._end
         self._end += length
         return offset
 
-    def _put(self, offset: int, data: bytes | memoryview) -> None:
+    def put(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Write ``data`` into the file."""
         if data:
             self._output.pwrite(data, offset)
+
+    def _map(self, offset: int, length: int, kind: Kind, host: int) -> int:
+        """Enter whole clusters of the disk, of which those with ``DATA`` are at ``host``; returns what is behind them there."""
+        size = self.shape.cluster_size
+        for index, count in self._entries(offset, length):
+            if kind is Kind.ZERO:
+                self._l2[index * ENTRY.size : (index + count) * ENTRY.size] = _ZERO_ENTRY * count
+                continue
+            for at in range(index * ENTRY.size, (index + count) * ENTRY.size, ENTRY.size):
+                ENTRY.pack_into(self._l2, at, host | COPIED)
+                host += size
+        return host
+
+    def _entries(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        """Index and number of the L2 entries of a range, table by table; ``self._l2`` is the table they are in."""
+        cluster, end = offset // self.shape.cluster_size, (offset + length) // self.shape.cluster_size
+        while cluster < end:
+            table, index = divmod(cluster, self.shape.l2_entries)
+            if table != self._l2_index:
+                self._put_l2()
+                self._l2_index = table
+                self._l2 = bytearray(self.shape.cluster_size)
+            count = min(end - cluster, self.shape.l2_entries - index)
+            yield index, count
+            cluster += count
+
+    def _count(self, refcounts: bytearray) -> None:
+        """Enter the refcounts that are not 1."""
+
+    def _put_l2(self) -> None:
+        if self._l2_index >= 0:
+            ENTRY.pack_into(self._l1, self._l2_index * ENTRY.size, self.put_table(self._l2) | COPIED)

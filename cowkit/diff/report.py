@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from cowkit.disk.extent import Extent, Kind
 from cowkit.disk.sizes import format_size
@@ -12,8 +12,7 @@ SCHEMA = 1
 """The version of what :meth:`DiffReport.to_json` returns; new keys do not change it."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DiffReport:
+class DiffReport(NamedTuple):
     """A difference that was written. All amounts are in bytes unless they say otherwise.
 
     *Dirty* was written or zeroed; *changed* differs from the base, in blocks of the disk (or clusters of the image,

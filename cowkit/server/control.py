@@ -23,8 +23,9 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from cowkit.errors import ControlError, CowkitError, ListenError, ProtocolError
-from cowkit.server.qmp import Argument, MessageSplitter, QmpSession, Request, decode, encode, encode_event
+from cowkit.errors import ControlError, CowkitError, ListenError
+from cowkit.server.control_client import why_not
+from cowkit.server.qmp import Argument, QmpSession, Request, encode_event
 from cowkit.server.quiet_thread import QuietThread
 
 _RECEIVE = 1 << 16
@@ -32,15 +33,8 @@ _WAITING_LIMIT = 8
 """How many commands of one client may wait for their turn before the server stops reading from it; QEMU's number."""
 _UNREAD_LIMIT = 4 << 20
 """How many bytes may wait for a client to read them before it is taken for dead."""
-_ANSWER_LIMIT = 1 << 28
-"""How many bytes a client of ours takes for one answer: a report may list many extents."""
 _RETRY_MS = 100
 """When no descriptor is left for a new connection: how long until the next try."""
-
-
-def _why(error: OSError | ValueError) -> str:
-    """What the system says, without the number; Python's own complaint of a path too long has none."""
-    return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
 class CommandContext:
@@ -132,7 +126,7 @@ class ControlServer:
             self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         except (OSError, ValueError) as error:
             listener.close()
-            raise ListenError(f"cannot listen for control at {self.path}: {_why(error)}") from error
+            raise ListenError(f"cannot listen for control at {self.path}: {why_not(error)}") from error
         listener.setblocking(False)
         self._listener = listener
         self._poll = select.poll()
@@ -335,90 +329,3 @@ class ControlServer:
         self._send(connection, answer)
         if connection.open:
             self._advance(connection)
-
-
-class ControlClient:
-    """A client of a control socket, for one thread; a context manager.
-
-    :param path: the socket's path.
-    :param timeout: how long the server may take to greet, in seconds; commands may take as long as they want.
-    :raises ControlError: nobody listens there, or it is no QMP server.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], *, timeout: float = 5) -> None:
-        self.path = os.fspath(path)
-        self._splitter = MessageSplitter(_ANSWER_LIMIT)
-        self._received: deque[bytes | ProtocolError] = deque()
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            self._socket.settimeout(timeout)
-            self._negotiate()
-            self._socket.settimeout(None)
-        except BaseException:
-            self.close()
-            raise
-
-    def _negotiate(self) -> None:
-        try:
-            self._socket.connect(self.path)
-        except (OSError, ValueError) as error:
-            raise ControlError(f"cannot reach a server at {self.path}: {_why(error)}") from error
-        if "QMP" not in self._receive():
-            raise ControlError(f"what answers at {self.path} does not speak QMP")
-        self.execute("qmp_capabilities")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def execute(
-        self,
-        command: str,
-        arguments: Mapping[str, Any] | None = None,
-        *,
-        on_event: Callable[[str, dict[str, Any]], None] | None = None,
-    ) -> Any:
-        """The result of ``command``; ``on_event`` is given the name and data of each event that comes before it.
-
-        :raises ControlError: the server refuses (its words), or ends before it answers.
-        """
-        try:
-            self._socket.sendall(encode({"execute": command, "arguments": dict(arguments or {})}))
-        except OSError:
-            pass  # the server has gone: what it said last tells more
-        while True:
-            message = self._receive()
-            if "event" in message:
-                if on_event is not None:
-                    on_event(str(message["event"]), message.get("data", {}))
-            elif "error" in message:
-                raise ControlError(str(message["error"].get("desc", message["error"])))
-            elif "return" in message:
-                return message["return"]
-
-    def _receive(self) -> dict[str, Any]:
-        while not self._received:
-            try:
-                data = self._socket.recv(_RECEIVE)
-            except TimeoutError as error:
-                raise ControlError(f"the server at {self.path} does not answer") from error
-            except OSError as error:
-                raise ControlError(f"the server at {self.path} cannot be asked: {error.strerror}") from error
-            if not data:
-                raise ControlError(f"the server at {self.path} ended before it answered")
-            self._received.extend(self._splitter.feed(data))
-        message = self._received.popleft()
-        if isinstance(message, ProtocolError):
-            raise ControlError(f"what answers at {self.path} does not speak QMP: {message}") from message
-        try:
-            return decode(message)
-        except ProtocolError as error:
-            raise ControlError(f"what answers at {self.path} does not speak QMP: {error}") from error
-
-    def close(self) -> None:
-        """Hang up; what was asked for and not answered is given up by the server."""
-        self._socket.close()

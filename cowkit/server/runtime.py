@@ -22,13 +22,14 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cowkit.errors import ControlError, ListenError
 
+TYPE_CHECKING = False  # as typing has it, which takes long to import, for `cowkit diff` and `cowkit ls` are to be quick
 if TYPE_CHECKING:
-    from pathlib import Path  # imported late: `cowkit diff` and `cowkit ls` do without it, and are quicker for that
+    from collections.abc import Iterator
+    from pathlib import Path
+    from typing import Any
 
 SOCKET_PATH_LIMIT = 107
 """The most bytes that the path of a Unix socket may have (unix(7): 108 with the zero byte at its end)."""
@@ -228,24 +229,43 @@ def identity_of(path: str | os.PathLike[str]) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-class ServerInfo(NamedTuple):
-    """A disk that a living process serves, and how to reach it."""
+class ServerInfo:
+    """A disk that a living process serves, and how to reach it; not changed once it is made."""
 
-    pid: int
-    name: str
-    """What to call it; not necessarily unique."""
-    base: str | None
-    """The absolute path of its base; None for a blank disk."""
-    identity: tuple[int, int] | None
-    """Who the base is, see :func:`identity_of`; None for a blank disk."""
-    size: int
-    """Bytes."""
-    uris: tuple[str, ...]
-    """Where NBD clients connect; at least one."""
-    started: float
-    """Seconds since 1970."""
-    control: str
-    """The path of its control socket."""
+    __slots__ = ("base", "control", "identity", "name", "pid", "size", "started", "uris")
+
+    def __init__(
+        self,
+        pid: int,
+        name: str,
+        base: str | None,
+        identity: tuple[int, int] | None,
+        size: int,
+        uris: tuple[str, ...],
+        started: float,
+        control: str,
+    ) -> None:
+        self.pid = pid
+        self.name = name
+        """What to call it; not necessarily unique."""
+        self.base = base
+        """The absolute path of its base; None for a blank disk."""
+        self.identity = identity
+        """Who the base is, see :func:`identity_of`; None for a blank disk."""
+        self.size = size
+        """Bytes."""
+        self.uris = uris
+        """Where NBD clients connect; at least one."""
+        self.started = started
+        """Seconds since 1970."""
+        self.control = control
+        """The path of its control socket."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ServerInfo) and self.to_json() == other.to_json()
+
+    def __hash__(self) -> int:
+        return hash(self.control)
 
     @property
     def uri(self) -> str:
@@ -254,7 +274,16 @@ class ServerInfo(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         """The same, as an object of JSON's types."""
-        return {**self._asdict(), "identity": self.identity and list(self.identity), "uris": list(self.uris)}
+        return {
+            "pid": self.pid,
+            "name": self.name,
+            "base": self.base,
+            "identity": self.identity and list(self.identity),
+            "size": self.size,
+            "uris": list(self.uris),
+            "started": self.started,
+            "control": self.control,
+        }
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> ServerInfo:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cowkit.server.control import ControlClient
+from cowkit.server.control_client import ControlClient
 from cowkit.server.runtime import running
 from tests.cli.helpers import Serve
 

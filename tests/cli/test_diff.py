@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -19,8 +20,10 @@ import pytest
 from cowkit.cli import diff as diff_command
 from cowkit.cli.control_commands import DiskCommands
 from cowkit.cow_disk import CowDisk
+from cowkit.diff import Qcow2Image
 from cowkit.errors import ControlError
-from cowkit.server.control import CommandContext, ControlClient
+from cowkit.server.control import CommandContext
+from cowkit.server.control_client import ControlClient
 from cowkit.server.runtime import ServerInfo, running
 from tests.cli.helpers import COWKIT, PATIENCE, Run, Serve, complaint, content, read, write
 
@@ -379,7 +382,7 @@ def test_it_starts_without_what_takes_long_to_import() -> None:
     loaded = set(
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     )
-    assert "cowkit.server.control" in loaded
+    assert "cowkit.server.control_client" in loaded
     assert not loaded & {
         "rich",
         "asyncio",
@@ -390,3 +393,67 @@ def test_it_starts_without_what_takes_long_to_import() -> None:
         "cowkit.disk",
         "cowkit.cow_disk",
     }
+
+
+# What kind of image
+
+
+def test_each_kind_of_image_can_be_asked_for(base: Path, tmp_path: Path, serve: Serve, cowkit: Run) -> None:
+    server = serve(base)
+    write(server.uri, b"boo", 4097)
+    expected = bytearray(base.read_bytes())
+    expected[4097:4100] = b"boo"
+    for options in (
+        ("--cluster-size", "4K"),
+        ("--subclusters",),
+        ("--compress", "zlib", "--bitmap", "dirty"),
+        ("--no-backing", "--compress", "zstd"),
+        ("--backing-format", "raw"),
+    ):
+        done = cowkit("diff", "--base", base, "-o", "diff.qcow2", "--json", *options)
+        assert json.loads(done.stdout)["changed_extents"] == 1
+        assert content(tmp_path / "diff.qcow2", base)[: len(expected)] == expected
+    with Qcow2Image(tmp_path / "diff.qcow2") as image:
+        assert image.backing_format == "raw"
+    assert cowkit("diff", "--base", base, "-o", "now.img", "--raw").returncode == 0
+    assert (tmp_path / "now.img").read_bytes() == expected
+
+
+def test_exit_code_says_whether_anything_changed(base: Path, serve: Serve, cowkit: Run) -> None:
+    server = serve(base)
+    asked = ("diff", "--base", base, "-o", "diff.qcow2", "--exit-code")
+    assert cowkit(*asked).returncode == 0
+    write(server.uri, base.read_bytes()[:512], 0)
+    assert cowkit(*asked).returncode == 0
+    write(server.uri, b"boo", 4097)
+    assert cowkit(*asked).returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (("--cluster-size", "5000"), "cluster size 5000 is no power of two from 4096 to 2097152 bytes (2 MiB)"),
+        (("--subclusters", "--compress", "zlib"), "a compressed cluster has no subclusters: choose one of the two"),
+        (("--raw", "--bitmap", "x"), "a raw file has no bitmap: leave that out, or raw"),
+        (
+            ("--raw", "--backing", "x"),
+            "an image with all of the disk has no backing file: leave out its name and format",
+        ),
+    ],
+)
+def test_kinds_of_image_that_make_no_sense_are_refused(
+    options: tuple[str, ...], why: str, base: Path, serve: Serve, cowkit: Run
+) -> None:
+    serve(base)
+    assert complaint(cowkit("diff", "--base", base, "-o", "diff.qcow2", *options)) == why
+
+
+def test_a_compressed_base_has_its_disk_kept_without_a_backing_file(
+    base: Path, tmp_path: Path, serve: Serve, cowkit: Run
+) -> None:
+    (tmp_path / "disk.img.gz").write_bytes(gzip.compress(base.read_bytes()))
+    server = serve("disk.img.gz")
+    write(server.uri, b"boo", 4097)
+    assert cowkit("diff", "--base", "disk.img.gz", "-o", "now.img", "--raw").returncode == 0
+    assert (tmp_path / "now.img").read_bytes()[4097:4100] == b"boo"
+    assert (tmp_path / "now.img").stat().st_size == base.stat().st_size

@@ -156,7 +156,7 @@ def test_what_should_end_cowkit_is_passed_on_to_the_command(number: int) -> None
 
 def test_it_can_be_found_and_controlled_but_not_quit(cowkit: Run) -> None:
     ask = (
-        "from cowkit.server.control import ControlClient\nfrom cowkit.server.runtime import running\n"
+        "from cowkit.server.control_client import ControlClient\nfrom cowkit.server.runtime import running\n"
         "names = [c['name'] for c in ControlClient(running()[0].control).execute('query-commands')]\n"
         "print('cowkit-diff' in names, 'quit' in names)"
     )

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from cowkit.server.control import ControlClient
+from cowkit.server.control_client import ControlClient
 from cowkit.server.runtime import running
 from tests.cli.helpers import COWKIT, PATIENCE, Done, Run, Serve, complaint, content, read, write
 from tests.server.certificates import make_certificates, uri_with

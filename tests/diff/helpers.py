@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from hypothesis import strategies as st
 
-from cowkit.diff import DiffReport, Qcow2Image, backing_name, write_diff
+from cowkit.diff import DiffReport, ImageOptions, Qcow2Image, backing_name, write_diff
 from cowkit.disk import Disk, FileBase
 
 
@@ -27,7 +27,7 @@ def diff(disk: Disk, path: Path, *, cluster_size: int = 65536) -> DiffReport:
     """The difference of ``disk``, as it is now."""
     with disk.freeze() as view:
         name = backing_name(disk.base.given, disk.base.path, path)
-        return write_diff(view, path, backing_file=name, cluster_size=cluster_size)
+        return write_diff(view, path, backing_file=name, options=ImageOptions(cluster_size=cluster_size))
 
 
 def content(disk: Disk) -> bytes:

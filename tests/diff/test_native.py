@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cowkit.diff import Qcow2Image, backing_name, write_diff
+from cowkit.diff import ImageOptions, Qcow2Image, backing_name, write_diff
 from cowkit.disk import Disk, Extent, FileBase, Kind, ZeroBase
 from cowkit.errors import BaseChangedError, OutputError, UsageError
 from tests.diff.helpers import check_with_qemu, content, diff, make_base, noise, read_with_cowkit, run
@@ -365,7 +365,7 @@ def test_the_whole_of_1023_bytes_fits_into_the_smallest_cluster(tmp_path: Path) 
     with Disk(FileBase(path), tmpdir=tmp_path) as disk:
         disk.pwrite(b"boo", 0)
         with disk.freeze() as view:
-            write_diff(view, tmp_path / "diff.qcow2", backing_file=name, cluster_size=4096)
+            write_diff(view, tmp_path / "diff.qcow2", backing_file=name, options=ImageOptions(cluster_size=4096))
     with Qcow2Image(tmp_path / "diff.qcow2") as image:
         image.check()
         assert image.backing_file == name

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cowkit.diff import Qcow2Image, write_diff
+from cowkit.diff import ImageOptions, Qcow2Image, write_diff
 from cowkit.diff.qcow2_layout import HEADER, Header
 from cowkit.disk import Disk, Extent, FileBase, Kind
 from cowkit.errors import ImageError, UsageError
@@ -32,7 +32,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> bytes:
         disk.pwrite(noise(5000, 3), 3 << 20)
         disk.zero(16 << 10, 4 << 20)
         with disk.freeze() as view:
-            write_diff(view, folder / "diff.qcow2", backing_file="base.img", cluster_size=CLUSTER)
+            write_diff(view, folder / "diff.qcow2", backing_file="base.img", options=ImageOptions(cluster_size=CLUSTER))
     return (folder / "diff.qcow2").read_bytes()
 
 
@@ -93,7 +93,7 @@ def test_what_qemu_wrote_is_read_as_qemu_reads_it(cluster_bits: int, tmp_path: P
         ({"incompatible_features": 2}, "corrupt"),
         ({"incompatible_features": 4}, "external data file"),
         ({"incompatible_features": 8}, "compression type"),
-        ({"incompatible_features": 16}, "extended L2"),
+        ({"incompatible_features": 16}, "subclusters"),
         ({"incompatible_features": 1 << 63}, "63"),
         ({"autoclear_features": 2}, "external data file"),
         ({"snapshots_offset": 4096}, "snapshots"),

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Literal, NamedTuple, Self
 
 from cowkit.disk import Base, Disk, ZeroBase
+from cowkit.hosting.server import DiskServer
 from cowkit.server.server import NbdServer
 from tests.server.negotiating import (
     ACK,
@@ -316,7 +317,7 @@ def open_files() -> list[str]:
     return sorted(os.listdir("/proc/self/fd"))
 
 
-def where(server: NbdServer) -> str:
+def where(server: DiskServer) -> str:
     """The path of a server's Unix socket."""
     assert server.socket is not None
     return server.socket

@@ -20,7 +20,8 @@ import pytest
 from qemu.qmp import ExecuteError, QMPClient
 
 from cowkit.errors import ControlError, ListenError
-from cowkit.server.control import Command, CommandContext, ControlClient, ControlServer
+from cowkit.server.control import Command, CommandContext, ControlServer
+from cowkit.server.control_client import ControlClient
 from cowkit.server.qmp import Argument
 
 PATIENCE = 30
@@ -257,8 +258,7 @@ def test_no_socket_can_be_had_twice_at_one_path(server: ControlServer, path: Pat
 def test_answers_come_in_the_order_of_the_commands(server: ControlServer, path: Path, commands: Commands) -> None:
     with Raw(path) as client:
         client.send(
-            b'{"execute": "long", "id": 0}'
-             b'{"execute": "query-version", "id": 1} nonsense\n{"execute": "nix", "id": 2}'
+            b'{"execute": "long", "id": 0}{"execute": "query-version", "id": 1} nonsense\n{"execute": "nix", "id": 2}'
         )
         assert client.read()["event"] == "STARTED"
         commands.release.set()

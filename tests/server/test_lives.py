@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import select
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -118,10 +117,8 @@ def test_no_parent_to_watch_is_said_so(monkeypatch: pytest.MonkeyPatch, parent: 
 
 
 def test_the_servers_threads_take_no_signals() -> None:
-    with Disk(ZeroBase(1 << 20)) as disk, NbdServer(disk) as server, socket.socket(socket.AF_UNIX) as client:
-        assert server.socket is not None
-        client.connect(server.socket)
-        assert client.recv(18)
+    with Disk(ZeroBase(1 << 20)) as disk, NbdServer(disk) as server, RawClient(where(server)) as client:
+        client.negotiate()
         for thread in threading.enumerate():
             if thread.name.startswith("cowkit-"):
                 status = Path(f"/proc/self/task/{thread.native_id}/status").read_text(encoding="ascii")

@@ -63,7 +63,7 @@ def info(directory: Path, **changes: Any) -> ServerInfo:
         started=12.5,
         control=str(directory / CONTROL_SOCKET),
     )
-    return whole._replace(**changes)
+    return ServerInfo.from_json({**whole.to_json(), **changes})
 
 
 def python(code: str) -> subprocess.Popen[str]:

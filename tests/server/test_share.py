@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from cowkit import CowDisk
 from cowkit.disk import Disk, FileBase, ZeroBase
 from cowkit.errors import UsageError
+from cowkit.hosting.server import DiskServer
 from cowkit.server.server import NbdServer
 from tests.server.negotiating import ACK, EXPORT_NAME, GO, INFO, LIST, POLICY, UNKNOWN, infos, option
 from tests.server.raw_client import DISC, EPERM, TRIM, WRITE, WRITE_ZEROES, RawClient, open_files, where
@@ -36,7 +37,7 @@ def disk(base: Path) -> Iterator[Disk]:
         yield disk
 
 
-def client_of(server: NbdServer, name: str = "", *contexts: str) -> RawClient:
+def client_of(server: DiskServer, name: str = "", *contexts: str) -> RawClient:
     return RawClient(where(server)).negotiate("structured", *contexts, name=name)
 
 

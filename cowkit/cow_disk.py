@@ -2,28 +2,50 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Concatenate, Literal, ParamSpec, TypeVar
 
-from cowkit.disk import Base, Checkpoint, Disk, Extent, ZeroBase
-from cowkit.disk.disk import DEFAULT_BLOCK_SIZE, Buffer, check_block_size
-from cowkit.disk.layer import default_directory
-from cowkit.disk.sizes import format_size, parse_size
-from cowkit.errors import BaseChangedError, DiskClosedError, DiskError, OverlayError, UsageError
+from cowkit.disk import Checkpoint, Disk, Extent
+from cowkit.disk.disk import Buffer
+from cowkit.disk.sizes import format_size
+from cowkit.errors import BaseChangedError, DiskClosedError, DiskError, UsageError
+from cowkit.hosting.local import open_disk
+from cowkit.hosting.options import Round, checked
 
 if TYPE_CHECKING:
     from socket import socket as Socket
 
-    from cowkit.diff import DiffReport
+    from cowkit.diff import Compression, DiffReport
+    from cowkit.hosting.disk import HostedDisk
+    from cowkit.hosting.server import DiskServer
     from cowkit.server.server import NbdServer
     from cowkit.server.shares import Share
     from cowkit.server.tls import TlsChoice
 
-Round = Literal["exact", "down", "up"]
+Where = Literal["thread", "process"]
+"""Where a disk and its servers are: in threads of this process, or in a process of their own."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _where_the_disk_is(method: Callable[Concatenate[CowDisk, P], T]) -> Callable[Concatenate[CowDisk, P], T]:
+    """Have the host carry out the method, with the same arguments, if the disk is there."""
+
+    @functools.wraps(method)
+    def there(self: CowDisk, /, *arguments: P.args, **options: P.kwargs) -> T:
+        if self._hosted is None:
+            return method(self, *arguments, **options)
+        self._open()
+        result: T = self._hosted.call_method(method.__name__, arguments, options)
+        return result
+
+    return there
 
 
 class CowDisk:
@@ -54,6 +76,8 @@ class CowDisk:
     :param cow_on_cache: copy into the overlay what a cache request names.
     :param tmpdir: where the overlay's files live: ``$TMPDIR`` or ``/var/tmp``, unless given.
     :param name: what to call the disk in lists and messages; the base's file name, unless given.
+    :param server: where the disk and its servers are: in threads of this process (``"thread"``), or in a process that all the
+        disks of this one share (``"process"``): then clients do not wait for a thread here that computes.
     :raises UsageError: an argument makes no sense.
     :raises BaseOpenError: the base cannot be opened.
     :raises OverlayError: ``tmpdir`` is no directory to write to.
@@ -73,39 +97,55 @@ class CowDisk:
         cow_on_cache: bool = False,
         tmpdir: str | os.PathLike[str] | None = None,
         name: str | None = None,
+        server: Where = "thread",
     ) -> None:
         self._closed = True  # until there is something to close
-        block = (
-            DEFAULT_BLOCK_SIZE if block_size is None else check_block_size(parse_size(block_size, what="block size"))
+        if server not in ("thread", "process"):
+            raise UsageError(f"server is 'thread' or 'process', not {server!r}")
+        options = checked(
+            has_base=base is not None,
+            size=size,
+            block_size=block_size,
+            base_format=base_format,
+            offset=offset,
+            partition=partition,
+            round=round,
+            cow_on_read=cow_on_read,
+            cow_on_cache=cow_on_cache,
+            tmpdir=tmpdir,
         )
-        if round not in ("exact", "down", "up"):
-            raise UsageError(f"round is 'exact', 'down' or 'up', not {round!r}")
-        wanted = None if size is None else parse_size(size)
-        if base is None and wanted is None:
-            raise UsageError(
-                "a disk needs a base or a size: CowDisk('disk.img'), or CowDisk(size='1G') for a blank one"
-            )
-        _check_overlay_directory(default_directory() if tmpdir is None else os.fspath(tmpdir))
-        source = _open(base, wanted, base_format, offset, partition, tmpdir)
-        try:
-            if wanted is not None and wanted < source.size:
-                raise UsageError(
-                    f"size {wanted} is below that of the base {source.given}, {source.size}: it can only be larger"
-                )
-            whole = _rounded(source.size if wanted is None else wanted, block, round)
-            self.engine = Disk(
-                source, block_size=block, size=whole, tmpdir=tmpdir, cow_on_read=cow_on_read, cow_on_cache=cow_on_cache
-            )
-        except BaseException:
-            source.release()
-            raise
-        self.base: str | None = source.given
+        self._hosted: HostedDisk | None = None
+        self._disk: Disk | HostedDisk
+        self.base: str | None
         """The base as it was given; None for a blank disk."""
-        self.name = name or (os.path.basename(source.path) if source.path else source.given or "blank")
+        self.name: str
+        """What to call the disk in lists and messages."""
+        if server == "process":
+            from cowkit.hosting.disk import HostedDisk
+
+            self._disk = self._hosted = HostedDisk(base, options, name)
+            self.base, self.name = self._hosted.given, self._hosted.name
+        else:
+            self._disk = open_disk(base, options)
+            source = self._disk.base
+            self.base = source.given
+            self.name = name or (os.path.basename(source.path) if source.path else source.given or "blank")
         self._servers: list[NbdServer] = []
         self._own_server: NbdServer | None = None
         self._starting = threading.Lock()
         self._closed = False
+
+    @property
+    def engine(self) -> Disk:
+        """The disk without its servers.
+
+        :raises UsageError: it is in another process.
+        """
+        if not isinstance(self._disk, Disk):
+            raise UsageError(
+                f"the engine of the disk {self.name!r} is in its host (server='process'): use the disk itself"
+            )
+        return self._disk
 
     def __enter__(self) -> CowDisk:
         return self
@@ -131,20 +171,18 @@ class CowDisk:
     def __repr__(self) -> str:
         state = ", closed" if self._closed else ""
         return (
-            f"<CowDisk {self.name!r}, {format_size(self.engine.size)}{state}>"
-            if hasattr(self, "engine")
-            else "<CowDisk>"
+            f"<CowDisk {self.name!r}, {format_size(self._disk.size)}{state}>" if hasattr(self, "_disk") else "<CowDisk>"
         )
 
     @property
     def size(self) -> int:
         """The disk's size in bytes."""
-        return self.engine.size
+        return self._disk.size
 
     @property
     def block_size(self) -> int:
         """The unit of copy-on-write in bytes."""
-        return self.engine.block_size
+        return self._disk.block_size
 
     @property
     def closed(self) -> bool:
@@ -158,7 +196,7 @@ class CowDisk:
 
         :raises OutOfBoundsError: the range is not within the disk.
         """
-        return self.engine.pread(length, offset)
+        return self._disk.pread(length, offset)
 
     def pwrite(self, data: Buffer, offset: int) -> None:
         """Write ``data`` at ``offset``.
@@ -166,7 +204,7 @@ class CowDisk:
         :raises OutOfBoundsError: the range is not within the disk.
         :raises OverlayFullError: no room; the old bytes stand.
         """
-        self.engine.pwrite(data, offset)
+        self._disk.pwrite(data, offset)
 
     def zero(self, length: int, offset: int) -> None:
         """Make the range read as zeroes.
@@ -174,7 +212,7 @@ class CowDisk:
         :raises OutOfBoundsError: the range is not within the disk.
         :raises OverlayFullError: no room for a block that is zeroed in part; nothing has changed.
         """
-        self.engine.zero(length, offset)
+        self._disk.zero(length, offset)
 
     def trim(self, length: int, offset: int) -> None:
         """Give up the range: it reads as zeroes, and whole blocks of it take no space any more.
@@ -182,7 +220,7 @@ class CowDisk:
         :raises OutOfBoundsError: the range is not within the disk.
         :raises OverlayFullError: no room for a block that is trimmed in part; nothing has changed.
         """
-        self.engine.trim(length, offset)
+        self._disk.trim(length, offset)
 
     def cache(self, length: int, offset: int) -> None:
         """Have the range at hand: copied into the overlay with ``cow_on_cache``, otherwise read ahead.
@@ -190,18 +228,18 @@ class CowDisk:
         :raises OutOfBoundsError: the range is not within the disk.
         :raises OverlayFullError: with ``cow_on_cache``: no room for the copy.
         """
-        self.engine.cache(length, offset)
+        self._disk.cache(length, offset)
 
     def flush(self) -> None:
         """Nothing is left to do: what was acknowledged is in the overlay."""
-        self.engine.flush()
+        self._disk.flush()
 
     # Points in time
 
     @property
     def checkpoints(self) -> list[Checkpoint]:
         """The checkpoints, oldest first."""
-        return self.engine.checkpoints
+        return self._disk.checkpoints
 
     def checkpoint(self, name: str | None = None) -> Checkpoint:
         """Freeze this moment, so that the disk can be rolled back to it.
@@ -209,25 +247,25 @@ class CowDisk:
         :param name: ``checkpoint-1`` and so on, unless given.
         :raises CheckpointError: a checkpoint of that name exists.
         """
-        return self.engine.checkpoint(name)
+        return self._disk.checkpoint(name)
 
     def rollback(self, point: Checkpoint | str) -> None:
         """Be as at ``point``, which stays; later checkpoints are gone. Clients stay connected.
 
         :raises CheckpointError: the disk has no such checkpoint, or was rolled back past it.
         """
-        self.engine.rollback(point)
+        self._disk.rollback(point)
 
     def reset(self) -> None:
         """Be as the base is; all checkpoints are gone. Clients stay connected."""
-        self.engine.reset()
+        self._disk.reset()
 
     # What changed
 
     @property
     def dirty_bytes(self) -> int:
         """How many bytes were written or zeroed, in whole blocks."""
-        return self.engine.dirty_bytes
+        return self._disk.dirty_bytes
 
     def dirty_extents(
         self, offset: int = 0, length: int | None = None, *, since: Checkpoint | str | None = None
@@ -236,13 +274,21 @@ class CowDisk:
 
         :param since: only what was written or zeroed since that checkpoint.
         """
-        return self.engine.dirty_extents(offset, length, since=since)
+        return self._disk.dirty_extents(offset, length, since=since)
 
+    @_where_the_disk_is
     def diff(
         self,
         path: str | os.PathLike[str],
         *,
         backing_file: str | None = None,
+        backing_format: str | None = None,
+        cluster_size: int | str | None = None,
+        subclusters: bool = False,
+        compress: Compression | None = None,
+        bitmap: str | None = None,
+        standalone: bool = False,
+        raw: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> DiffReport:
         """Keep what changed: a qcow2 image at ``path`` with the base as its backing file, as of this moment.
@@ -251,20 +297,42 @@ class CowDisk:
 
         :param backing_file: the name of the base to record; unless given, the base's path: relative to ``path``'s directory
             if the base was given as a relative path.
+        :param backing_format: the base's format to record, as QEMU names it; unless given, what it was opened as.
+        :param cluster_size: of the image: a power of two from 4096 bytes to 2 MiB; 64 KiB unless given.
+        :param subclusters: divide clusters by 32 (extended L2 entries, QEMU 5.2 and later), so that a small change costs little.
+        :param compress: compress each cluster, by ``"zlib"`` or by ``"zstd"`` (QEMU 5.1 and later).
+        :param bitmap: put in what is dirty as a persistent bitmap of that name.
+        :param standalone: have all of the disk in the image, and no backing file.
+        :param raw: write a sparse raw file with all of the disk instead.
         :param progress: called now and then with the number of bytes dealt with and of those there are.
-        :raises UsageError: the base cannot be a backing file (it is compressed, or a part of a file), and no other is named.
+        :raises UsageError: the options do not go together, or the base cannot be a backing file (it is compressed, or a part
+            of a file), and no other is named.
         :raises OutputError: the image cannot be written; an old file at ``path`` is as it was.
         :raises BaseChangedError: the base is not what it was when the disk was opened.
         """
-        from cowkit.diff import write_diff
+        from cowkit.diff import ImageOptions, write_diff
 
+        options = ImageOptions(cluster_size, subclusters, compress, bitmap, standalone, raw)
+        options.check()
         base = self.engine.base
-        path, name = self._output(path, backing_file)
-        # Where the base itself cannot be the backing file, what it holds has been put somewhere else as a raw image.
-        backing_format = base.backing_format if base.backing_refusal is None else "raw"
+        if options.has_all:
+            self._open()
+            if backing_file is not None or backing_format is not None:
+                raise UsageError("an image with all of the disk has no backing file: leave out its name and format")
+            path, name = os.fsdecode(path), None
+        else:
+            path, name = self._output(path, backing_file)
+        if backing_format is None:
+            # Where the base itself cannot be the backing file, what it holds has been put somewhere else as a raw image.
+            backing_format = base.backing_format if base.backing_refusal is None else "raw"
+        elif name is None:
+            raise UsageError(f"a blank disk has no base of format {backing_format!r}: its difference stands alone")
         with self.engine.freeze() as view:
-            return write_diff(view, path, backing_file=name, backing_format=backing_format, progress=progress)
+            return write_diff(
+                view, path, backing_file=name, backing_format=backing_format, progress=progress, options=options
+            )
 
+    @_where_the_disk_is
     def check_diff(self, path: str | os.PathLike[str], *, backing_file: str | None = None) -> None:
         """Look whether :meth:`diff` could write there, before there is anything to lose.
 
@@ -318,11 +386,13 @@ class CowDisk:
     @property
     def uri(self) -> str:
         """The NBD URI for clients; starts a server on a private Unix socket at its first use."""
-        return self._server().uri
+        return self._server().uri if self._hosted is None else self._hosted.own_server[0]
 
     @property
     def socket(self) -> str:
         """The path of the Unix socket for clients; starts a server at its first use."""
+        if self._hosted is not None:
+            return self._hosted.own_server[1]
         path = self._server().socket
         assert path is not None  # the own server is never a TCP one
         return path
@@ -345,7 +415,7 @@ class CowDisk:
         tls: TlsChoice | None = None,
         on_idle: Callable[[], None] | None = None,
         start: bool = True,
-    ) -> NbdServer:
+    ) -> DiskServer:
         """Start one more server of this disk; it ends with the disk, or by its ``stop()``.
 
         It listens wherever it is told to, in several places if need be; in a private directory if it is told of none.
@@ -372,6 +442,25 @@ class CowDisk:
         :raises ListenError: no socket can be had there.
         :raises UsageError: an argument makes no sense, or a file that TLS needs is missing or no good.
         """
+        if self._hosted is not None:
+            self._open()
+            return self._hosted.serve(
+                socket=socket,
+                tcp=tcp,
+                vsock=vsock,
+                listeners=listeners,
+                export_name=export_name,
+                description=description,
+                read_only=read_only,
+                share=share,
+                max_exports=max_exports,
+                tls_certs=tls_certs,
+                tls_psk=tls_psk,
+                tls_verify_peer=tls_verify_peer,
+                tls=tls,
+                on_idle=on_idle,
+                start=start,
+            )
         from cowkit.server.server import NbdServer
 
         credentials = None
@@ -413,16 +502,20 @@ class CowDisk:
     @property
     def server_errors(self) -> list[BaseException]:
         """What went wrong in the servers' threads without being any client's fault; empty unless there is a bug."""
+        if self._hosted is not None:
+            return self._hosted.server_errors
         return [error for server in self._servers for error in server.errors]
 
     @property
     def overlay_failure(self) -> DiskError | None:
         """Why the last request failed that found no room or a broken overlay; clients are told but a number. None: none did."""
-        return self.engine.overlay.failure
+        return self.engine.overlay.failure if self._hosted is None else self._hosted.overlay_failure
 
     @property
     def connections(self) -> int:
         """How many clients are connected."""
+        if self._hosted is not None:
+            return self._hosted.connections
         return sum(server.connections for server in self._servers)
 
     def _open(self) -> None:
@@ -434,54 +527,16 @@ class CowDisk:
 
         :raises BaseChangedError: the base is not what it was at opening. The disk is closed all the same.
         """
-        if self.engine.foreign:  # no lock is taken in a forked child: a thread that it does not have may have held it
+        if self._disk.foreign:  # no lock is taken in a forked child: a thread that it does not have may have held it
             self._closed = True
         else:
             with self._starting:
                 if self._closed:
                     return
                 self._closed = True
-            # Or a client's read that waits for a base which never answers would hold all this up.
-            self.engine.base.interrupt()
+            if self._hosted is None:
+                # Or a client's read that waits for a base which never answers would hold all this up.
+                self.engine.base.interrupt()
         for server in self._servers:
             server.stop()
-        self.engine.close()
-
-
-def _open(
-    base: str | os.PathLike[str] | None,
-    size: int | None,
-    base_format: str | None,
-    offset: int | str,
-    partition: int | None,
-    tmpdir: str | os.PathLike[str] | None,
-) -> Base:
-    start = parse_size(offset, what="offset")
-    if base is not None:
-        from cowkit.bases import open_base
-
-        return open_base(base, format=base_format, offset=start, partition=partition, tmpdir=tmpdir)
-    if base_format is not None or start or partition is not None:
-        raise UsageError(
-            "a format, an offset and a partition are of a base: name one, or leave them out for a blank disk"
-        )
-    return ZeroBase(size or 0)
-
-
-def _check_overlay_directory(directory: str) -> None:
-    """Said here, where a user reads it, rather than to the first client that writes, which gets but a number."""
-    if not os.path.isdir(directory):
-        problem = "there is no such directory"
-    elif not os.access(directory, os.W_OK | os.X_OK):
-        problem = "it is not writable"
-    else:
-        return
-    raise OverlayError(
-        f"the overlay cannot be in {directory}: {problem}; set TMPDIR (or tmpdir=, --tmpdir) to a directory to write to"
-    )
-
-
-def _rounded(size: int, block: int, how: Round) -> int:
-    if how == "exact" or size % block == 0:
-        return size
-    return size - size % block + (block if how == "up" else 0)
+        self._disk.close()

@@ -30,6 +30,7 @@ class Need(Enum):
     """What a connection's work needs to go on."""
 
     BYTES = "something to receive"
+    SOON = "something to receive, which the client may be about to send: it waits for what it has just got"
     THREAD = "a thread that may wait: for the client, mostly"
 
 
@@ -73,7 +74,7 @@ class Member:
         except BaseException as error:  # for the connection's own thread to tell
             self.error = error
             return False
-        return need is Need.BYTES and perf_counter_ns() - begun < _SLOW_NS
+        return need is not Need.THREAD and perf_counter_ns() - begun < _SLOW_NS
 
 
 class Pool:
@@ -171,5 +172,5 @@ def drive(steps: Steps, channel: Channel) -> None:
                 raise member.error
             if member.ended:
                 return
-        else:
+        elif need is Need.SOON:
             wait()

@@ -14,7 +14,9 @@ _OF_THE_THREAD = {
     signal.SIGTRAP,
     signal.SIGSYS,
 }
-_OF_THE_PROCESS = [int(number) for number in signal.valid_signals() - _OF_THE_THREAD]  # plain: 20 microseconds less a thread
+_OF_THE_PROCESS = [
+    int(number) for number in signal.valid_signals() - _OF_THE_THREAD
+]  # plain: 20 microseconds less a thread
 
 
 class QuietThread(threading.Thread):

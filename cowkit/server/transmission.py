@@ -44,6 +44,11 @@ _BUFFER = 2 << 20
 _LONG = 128 << 10
 """Bytes of a request with its payload from which on it is received by itself."""
 
+_FEW = 4
+_DEEP = 64
+"""A client that had more than ``_FEW`` buffers of replies at once, within so many batches, has many requests under way: it is still
+at the last replies, and the longer the next batch takes to begin, the more it holds. Others wait for us."""
+
 _MOST_BUFFERS = 512
 _MOST_BYTES = 4 << 20
 """What may gather up before it is sent. Some data of READs have to be copied; a buffer full of such READs must not fill the memory."""
@@ -135,10 +140,12 @@ class Transmission:
         writable = -1 if self._read_only else size  # where the quick way of a WRITE ends
         wanted = head
         ended = False
+        need = Need.BYTES
+        deep = 0
         pooled: bool | None = None  # whether this is another connection's thread, which must not wait for our client
         while not ended:
             while self._make_room(wanted):
-                pooled = yield Need.BYTES
+                pooled = yield need
                 # Of a long payload no more than its end: what came behind it would have to be moved to make room.
                 count = self._sock.recv_into(view[self._end : self._start + wanted if wanted > _LONG else _BUFFER])
                 if not count:
@@ -207,6 +214,11 @@ class Transmission:
                     if len(out) >= _MOST_BUFFERS or gathered >= _MOST_BYTES:
                         break
             self._start = start
+            if len(out) > _FEW:
+                deep = _DEEP
+            elif deep:
+                deep -= 1
+            need = Need.BYTES if deep else Need.SOON
             if pooled and out and (out := self._send_at_once(out)):
                 pooled = yield Need.THREAD
             if out:

@@ -1,0 +1,1 @@
+"""What runs in the host process: the disks of ``CowDisk(server="process")``. See :mod:`cowkit.hosting`."""

@@ -1,0 +1,55 @@
+"""Opening a disk in this process."""
+
+from __future__ import annotations
+
+import os
+
+from cowkit.disk import Base, Disk, ZeroBase
+from cowkit.errors import UsageError
+from cowkit.hosting.options import DiskOptions, Round
+
+
+def open_disk(base: str | os.PathLike[str] | None, options: DiskOptions) -> Disk:
+    """The disk of ``base``; a blank one without.
+
+    :raises UsageError: an option makes no sense for this base.
+    :raises BaseOpenError: the base cannot be opened.
+    """
+    source = _open_base(base, options)
+    try:
+        wanted = options.size
+        if wanted is not None and wanted < source.size:
+            raise UsageError(
+                f"size {wanted} is below that of the base {source.given}, {source.size}: it can only be larger"
+            )
+        return Disk(
+            source,
+            block_size=options.block_size,
+            size=_rounded(source.size if wanted is None else wanted, options.block_size, options.round),
+            tmpdir=options.tmpdir,
+            cow_on_read=options.cow_on_read,
+            cow_on_cache=options.cow_on_cache,
+        )
+    except BaseException:
+        source.release()
+        raise
+
+
+def _open_base(base: str | os.PathLike[str] | None, options: DiskOptions) -> Base:
+    if base is None:
+        return ZeroBase(options.size or 0)
+    from cowkit.bases import open_base
+
+    return open_base(
+        base,
+        format=options.base_format,
+        offset=options.offset,
+        partition=options.partition,
+        tmpdir=options.tmpdir,
+    )
+
+
+def _rounded(size: int, block: int, how: Round) -> int:
+    if how == "exact" or size % block == 0:
+        return size
+    return size - size % block + (block if how == "up" else 0)

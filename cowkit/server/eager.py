@@ -17,10 +17,10 @@ from collections.abc import Callable, Sequence
 from time import perf_counter_ns
 from typing import Any
 
-_LOOK_NS = 100_000
-"""How long to look: a client on a virtual machine takes 20 to 60 microseconds from a reply to its next request."""
+_LOOK_NS = 200_000
+"""How long to look: a client on a virtual machine takes 20 to 150 microseconds from a reply to its next request."""
 
-_SHORT_NS = 150_000
+_SHORT_NS = 300_000
 """A wait that was this short might have been spared; longer than ``_LOOK_NS``, since it includes the waking."""
 
 _STARVED_NS = 1_000_000

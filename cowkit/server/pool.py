@@ -85,15 +85,12 @@ class Pool:
         self._members: dict[int, Member] = {}
         self._epoll: select.epoll | None = None
         self._led = False
-        self._last: Member | None = None
+        self.last: Member | None = None
+        """Whose turn was the last."""
 
     def is_crowded(self, member: Member) -> bool:
-        """Whether it would do better to join; asked at each turn that a connection takes by itself."""
-        if self._last is member:
-            if member.crowd > 0:
-                member.crowd -= 1
-            return False
-        self._last = member
+        """Whether it would do better to join; asked at each turn that it takes by itself after one of another connection."""
+        self.last = member
         member.crowd += 1
         return member.crowd >= _CROWDED
 
@@ -119,7 +116,7 @@ class Pool:
         wait = EagerWait(epoll.poll)
         while leader.leads:
             for number, _ in wait():
-                member = self._last = members[number]
+                member = self.last = members[number]
                 if member.take_turn():
                     continue
                 with self._lock:
@@ -166,11 +163,16 @@ def drive(steps: Steps, channel: Channel) -> None:
     for need in steps:
         if need is Need.THREAD:
             continue
-        if _INTERPRETER_IS_SHARED and _pool.is_crowded(member):
-            _pool.join(member)
+        pool = _pool
+        if pool.last is member:
+            if member.crowd > 0:
+                member.crowd -= 1
+        elif _INTERPRETER_IS_SHARED and pool.is_crowded(member):
+            pool.join(member)
             if member.error is not None:
                 raise member.error
             if member.ended:
                 return
-        elif need is Need.SOON:
+            continue
+        if need is Need.SOON:
             wait()

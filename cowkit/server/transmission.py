@@ -14,7 +14,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-import socket
+from socket import MSG_DONTWAIT, MSG_WAITALL
 
 from cowkit.disk import Disk
 from cowkit.disk.gate import Pass
@@ -109,9 +109,8 @@ class Transmission:
         self._buffer = _anonymous_memory(_BUFFER)
         self._long = memoryview(b"")
         self._view = memoryview(self._buffer)
-        self._start = 0
-        self._end = len(received)
-        self._view[: self._end] = received
+        self._received = len(received)
+        self._view[: self._received] = received
 
     def run(self) -> None:
         """Serve until the client disconnects.
@@ -134,29 +133,40 @@ class Transmission:
         size = self._disk.size
         overlay = self._disk.overlay
         write, shift, sparse_from = overlay.write, overlay.shift, overlay.look_from
-        longest = MAXIMUM_PAYLOAD
+        longest, data_head_size = MAXIMUM_PAYLOAD, len(data_head(0, 0, 0))
         readable = -1 if overlay.cow_on_read else size  # where the quick way of a READ ends
         other_flags = ~(wire.FLAG_FUA | wire.FLAG_PAYLOAD_LEN if dialect.extended else wire.FLAG_FUA)
         writable = -1 if self._read_only else size  # where the quick way of a WRITE ends
+        gate, lock = self._disk.gate, gate_pass.lock
+        receive_into, sendmsg = self._sock.recv_into, self._sock.sendmsg
+        start, end = 0, self._received  # what was received and not dealt with
         wanted = head
         ended = False
         need = Need.BYTES
         deep = 0
         pooled: bool | None = None  # whether this is another connection's thread, which must not wait for our client
         while not ended:
-            while self._make_room(wanted):
+            while end - start < wanted <= _BUFFER:
+                if start == end:
+                    start = end = 0
+                elif start + wanted > _BUFFER:
+                    view[: end - start] = view[start:end]
+                    start, end = 0, end - start
                 pooled = yield need
                 # Of a long payload no more than its end: what came behind it would have to be moved to make room.
-                count = self._sock.recv_into(view[self._end : self._start + wanted if wanted > _LONG else _BUFFER])
+                count = receive_into(view[end : start + wanted if wanted > _LONG else _BUFFER])
                 if not count:
                     return
-                self._end += count
-            start, end = self._start, self._end
+                end += count
             wanted = head
             out: Buffers = []
             gathered = 0
             append = out.append
-            with gate_pass:
+            if gate.closed:
+                gate.wait_until_open()
+            with lock:  # of the pass, without the steps of Pass.__enter__
+                if gate.closed:
+                    continue
                 chunks, views = overlay.map.chunks, overlay.views
                 while end - start >= head:
                     magic, flags, command, cookie, offset, length = unpack(buffer, start)
@@ -181,6 +191,7 @@ class Transmission:
                                 if data is not None:
                                     append(data_head(cookie, offset, length))
                                     append(data[offset:stop])
+                                    gathered += data_head_size + length
                                     start += head
                                     if len(out) >= _MOST_BUFFERS:
                                         break
@@ -193,10 +204,11 @@ class Transmission:
                         if not flags & other_flags and length > 0 and offset + length <= writable:
                             try:
                                 write(view[start + head : after], offset)
+                                reply = done(cookie, offset)
                             except _FAILURES as error:
-                                append(self._failed(cookie, offset, error))
-                            else:
-                                append(done(cookie, offset))
+                                reply = self._failed(cookie, offset, error)
+                            append(reply)
+                            gathered += len(reply)
                             start = after
                             continue
                     elif flags & wire.FLAG_PAYLOAD_LEN and dialect.extended and start + head + length > end:
@@ -213,35 +225,30 @@ class Transmission:
                     gathered += sum(map(len, out[before:]))
                     if len(out) >= _MOST_BUFFERS or gathered >= _MOST_BYTES:
                         break
-            self._start = start
             if len(out) > _FEW:
                 deep = _DEEP
             elif deep:
                 deep -= 1
             need = Need.BYTES if deep else Need.SOON
-            if pooled and out and (out := self._send_at_once(out)):
-                pooled = yield Need.THREAD
             if out:
-                self._send(out)
+                try:
+                    batch = out if len(out) <= _IOV_MAX else out[:_IOV_MAX]
+                    sent = sendmsg(batch, (), MSG_DONTWAIT) if pooled else sendmsg(batch)  # type: ignore[call-arg]  # a socket
+                except BlockingIOError:
+                    sent = 0
+                except OSError as error:
+                    if error.errno != errno.EFAULT:
+                        raise
+                    sent = 0
+                if sent != gathered:
+                    if pooled:
+                        pooled = yield Need.THREAD
+                    self._send(_unsent(out, sent))
             if wanted > _BUFFER:
                 pooled = yield Need.THREAD
-                self._long_request(gate_pass)
+                self._long_request(gate_pass, start, end)
+                start = end
                 wanted = head
-
-    def _make_room(self, wanted: int) -> bool:
-        """Whether more must be received to have ``wanted`` bytes in the buffer; there is room for them then.
-
-        What does not fit at all is received by :meth:`_long_request`.
-        """
-        start, end = self._start, self._end
-        if end - start >= wanted or wanted > _BUFFER:
-            return False
-        if start == end:
-            self._start = self._end = 0
-        elif start + wanted > _BUFFER:
-            self._view[: end - start] = self._view[start:end]
-            self._start, self._end = 0, end - start
-        return True
 
     # What is rare, wrong or long
 
@@ -369,20 +376,19 @@ class Transmission:
         self._check(flags & ~wire.FLAG_PAYLOAD_LEN, CMD_BLOCK_STATUS, offset, length)
         out.extend(self._status(chosen, flags, cookie, offset, length))
 
-    def _long_request(self, gate_pass: Pass) -> None:
-        """A request whose payload does not fit the buffer: receive it whole, or drain it.
+    def _long_request(self, gate_pass: Pass, start: int, end: int) -> None:
+        """A request whose payload does not fit the buffer, and begins at ``start`` of it: receive it whole, or drain it.
 
         Whole, because it must be wholly before or after a checkpoint, and fail wholly where there is no room. Writing the
         parts as they come would need the gate held while waiting for the client.
         """
         head = self._dialect.request.size
-        _, flags, command, cookie, offset, length = self._dialect.request.unpack_from(self._buffer, self._start)
+        _, flags, command, cookie, offset, length = self._dialect.request.unpack_from(self._buffer, start)
         if length > _LONGEST_DRAIN:
             raise ProtocolError(
                 f"a request announces a payload of {length} bytes: more than is worth receiving to refuse it"
             )
-        arrived = self._view[self._start + head : self._end]
-        self._start = self._end
+        arrived = self._view[start + head : end]
         out: Buffers = []
         try:
             self._check(flags, command, offset, length)
@@ -411,23 +417,12 @@ class Transmission:
 
     def _receive_all(self, into: memoryview) -> None:
         while into:
-            count = self._sock.recv_into(into, 0, socket.MSG_WAITALL)
+            count = self._sock.recv_into(into, 0, MSG_WAITALL)
             if not count:
                 raise ConnectionResetError(errno.ECONNRESET, "the client left in the middle of a request")
             into = into[count:]
 
     # Sending
-
-    def _send_at_once(self, out: Buffers) -> Buffers:
-        """Send what goes without waiting for the client; the rest."""
-        try:
-            return _unsent(out, self._sock.sendmsg(out, (), socket.MSG_DONTWAIT))  # type: ignore[call-arg]  # a socket
-        except BlockingIOError:
-            return out
-        except OSError as error:
-            if error.errno != errno.EFAULT:
-                raise
-            return out
 
     def _send(self, out: Buffers) -> None:
         try:

@@ -62,7 +62,7 @@ def test_a_client_that_takes_its_time_is_waited_for_asleep(made: Client) -> None
 
 
 def test_a_client_that_is_always_a_little_too_late_is_rarely_looked_for(made: Client) -> None:
-    made.pause = 110 * US
+    made.pause = 210 * US
     wait = EagerWait(made.poll)
     for _ in range(1000):
         wait()

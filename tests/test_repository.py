@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["scripts/cowkit", "scripts/lib", "scripts/test", ".ci/run"]
+SCRIPTS = ["scripts/bench", "scripts/compare-diff", "scripts/cowkit", "scripts/lib", "scripts/test", ".ci/run"]
 UNTRACKED = {".git", ".venv", "__pycache__", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis"}
 # Where somebody's files lie: such a path works on one machine. (/dev, /mnt, /tmp, /usr and the like are everybody's.)
 PERSONAL_PATH = re.compile(r"(?<![\w./~$}>])/(?:home|root|Users|work|opt|srv)/[\w.-]+")

@@ -327,6 +327,11 @@ class CowDisk:
             backing_format = base.backing_format if base.backing_refusal is None else "raw"
         elif name is None:
             raise UsageError(f"a blank disk has no base of format {backing_format!r}: its difference stands alone")
+        elif backing_file is None and backing_format != base.backing_format:
+            raise UsageError(
+                f"the base was opened as {base.backing_format}, not as {backing_format!r}: leave the backing format out, or name "
+                "another backing file"
+            )
         with self.engine.freeze() as view:
             return write_diff(
                 view, path, backing_file=name, backing_format=backing_format, progress=progress, options=options

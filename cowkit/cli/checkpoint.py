@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from cowkit.cli.choose import add_choice, choose
+from cowkit.errors import UsageError
 from cowkit.server.control_client import ControlClient
 
 DESCRIPTION = (
@@ -29,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Ask the server for it."""
+    if arguments.list and arguments.name is not None:
+        raise UsageError(f"--list makes no checkpoint: leave out {arguments.name!r}, or --list")
     with ControlClient(choose(arguments.base, arguments.source).control) as client:
         if arguments.list:
             names = [point["name"] for point in client.execute("cowkit-query-checkpoints")]

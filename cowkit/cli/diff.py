@@ -26,7 +26,7 @@ EXAMPLES = """
 cowkit diff --base disk.img -o diff.qcow2
 cowkit diff --from 4711 -o diff.qcow2 --json
 cowkit diff --base disk.img -o small.qcow2 --subclusters
-cowkit diff --base disk.img -o alone.qcow2 --no-backing --compress zstd
+cowkit diff --base disk.img -o alone.qcow2 --no-backing --compress zlib
 cowkit diff --base disk.img -o now.img --raw
 qemu-img compare diff.qcow2 disk.img   # what to do with it: any tool that reads qcow2
 """

@@ -36,7 +36,7 @@ CANNOT_BE_PICKLED = (pickle.PicklingError, AttributeError, RecursionError, TypeE
 """What :func:`packed` raises. Not just any exception, which may be one from outside, as ctrl-C is."""
 
 _FRAME = struct.Struct("=IQ")
-_DRAIN_SECONDS = 5.0
+_DRAIN_SECONDS = 0.5
 _DESCRIPTORS = socket.CMSG_SPACE(MOST_DESCRIPTORS * 4)
 
 

@@ -4,8 +4,9 @@ Each connection has a thread, and one that is busy alone is best served by it. W
 interpreter: at each system call one loses it to another, and waking and switching cost more than a small request does. So they
 join a pool: one thread, the *leader*, waits for all of their sockets and carries out whatever has come, while the others sleep.
 
-Only what is quick stays in the pool. A connection leaves it for its own thread, for a good while, when it would have to wait for
-its client, or when a turn of it took long: a slow disk under the base holds up nobody else then.
+Only what is quick is in the pool: connections to disks on local files. One leaves it for its own thread, for a good while, when it
+would have to wait for its client or for a checkpoint, or when a turn took long: a slow disk under the base holds the others up
+once.
 
 The leader is one of the members' own threads, so there is no thread more than without. When its own connection leaves, the
 next member leads.
@@ -150,8 +151,11 @@ os.register_at_fork(after_in_child=_forget)
 _INTERPRETER_IS_SHARED = getattr(sys, "_is_gil_enabled", lambda: True)()
 
 
-def drive(steps: Steps, channel: Channel) -> None:
-    """Carry out a connection's work to its end, alone or in the pool."""
+def drive(steps: Steps, channel: Channel, *, may_join: bool) -> None:
+    """Carry out a connection's work to its end, alone or in the pool.
+
+    :param may_join: no turn waits for anything but local files; in the pool, what it waits for might be another member's turn.
+    """
     if not isinstance(channel, socket.socket):
         for _ in steps:
             pass
@@ -160,6 +164,7 @@ def drive(steps: Steps, channel: Channel) -> None:
     ready.register(channel, select.POLLIN)
     wait = EagerWait(ready.poll)
     member = Member(channel, steps)
+    may_join = may_join and _INTERPRETER_IS_SHARED
     for need in steps:
         if need is Need.THREAD:
             continue
@@ -167,7 +172,7 @@ def drive(steps: Steps, channel: Channel) -> None:
         if pool.last is member:
             if member.crowd > 0:
                 member.crowd -= 1
-        elif _INTERPRETER_IS_SHARED and pool.is_crowded(member):
+        elif may_join and pool.is_crowded(member):
             pool.join(member)
             if member.error is not None:
                 raise member.error

@@ -16,7 +16,8 @@ import mmap
 import os
 from socket import MSG_DONTWAIT, MSG_WAITALL
 
-from cowkit.disk import Disk
+from cowkit.disk import Disk, ZeroBase
+from cowkit.disk.base import FileBase
 from cowkit.disk.gate import Pass
 from cowkit.disk.owner_map import CHUNK_MASK, CHUNK_SHIFT
 from cowkit.errors import CowkitError, DiskError, ProtocolError
@@ -120,7 +121,9 @@ class Transmission:
         """
         gate_pass = self._disk.gate.new_pass()
         try:
-            drive(self._steps(gate_pass), self._sock)
+            # A base behind a program or another server may keep a read waiting for long, even for a client of this process.
+            quick = isinstance(self._disk.base, FileBase | ZeroBase)
+            drive(self._steps(gate_pass), self._sock, may_join=quick)
         finally:
             self._disk.gate.discard(gate_pass)
 
@@ -163,6 +166,8 @@ class Transmission:
             gathered = 0
             append = out.append
             if gate.closed:
+                if pooled:
+                    pooled = yield Need.THREAD
                 gate.wait_until_open()
             with lock:  # of the pass, without the steps of Pass.__enter__
                 if gate.closed:

@@ -157,6 +157,31 @@ def test_a_forked_child_begins_without_the_pool(clients: list[RawClient]) -> Non
     assert [client.read(512, 0) for client in clients] == [bytes(512)] * CLIENTS
 
 
+def test_a_disk_whose_base_is_another_disk_of_the_process_is_never_in_it() -> None:
+    with CowDisk(size=SIZE) as below, ExitStack() as stack:
+        below.pwrite(b"below", 4096)
+        disk = stack.enter_context(CowDisk(below.uri))
+        clients = [stack.enter_context(RawClient(disk.socket)).negotiate() for _ in range(CLIENTS)]
+        for _ in range(4 * pool._CROWDED):
+            assert [client.read(5, 4096) for client in clients] == [b"below"] * CLIENTS
+        assert members() == 0
+
+
+def test_a_checkpoint_under_way_holds_up_only_its_own_disk() -> None:
+    with CowDisk(size=SIZE) as held, CowDisk(size=SIZE) as other, ExitStack() as stack:
+        waiting = stack.enter_context(RawClient(held.socket)).negotiate()
+        clients = [stack.enter_context(RawClient(other.socket)).negotiate() for _ in range(CLIENTS)]
+        busy_by_turns([waiting, *clients])
+
+        def meanwhile() -> None:
+            waiting.send(waiting.request(READ, 0, 512)[1])
+            for _ in range(3):
+                assert [client.read(512, 0) for client in clients] == [bytes(512)] * CLIENTS
+
+        held.engine.gate.shut(meanwhile)
+        assert waiting.reply().data == bytes(512)
+
+
 OPERATION = st.tuples(
     st.integers(0, CLIENTS - 1), st.sampled_from([READ, WRITE, TRIM]), st.integers(0, 40_000), st.integers(1, 20_000)
 )

@@ -311,6 +311,7 @@ class CowDisk:
         :raises BaseChangedError: the base is not what it was when the disk was opened.
         """
         from cowkit.diff import ImageOptions, write_diff
+        from cowkit.diff.qcow2_layout import check_format_name
 
         options = ImageOptions(cluster_size, subclusters, compress, bitmap, standalone, raw)
         options.check()
@@ -327,7 +328,7 @@ class CowDisk:
             backing_format = base.backing_format if base.backing_refusal is None else "raw"
         elif name is None:
             raise UsageError(f"a blank disk has no base of format {backing_format!r}: its difference stands alone")
-        elif backing_file is None and backing_format != base.backing_format:
+        elif backing_file is None and check_format_name(backing_format) != base.backing_format:
             raise UsageError(
                 f"the base was opened as {base.backing_format}, not as {backing_format!r}: leave the backing format out, or name "
                 "another backing file"

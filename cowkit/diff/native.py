@@ -64,7 +64,8 @@ def write_diff(
     view.base.verify_path()
     with AtomicOutput(path, spare=_spared(base_path)) as output:
         changes = Changes(view, shape.grain, progress)
-        batches: Iterable[Batch] = Whole(view, changes, shape.grain) if options.has_all else changes
+        found: Iterable[Batch] = Whole(view, changes, shape.grain) if options.has_all else changes
+        batches = _one_at_a_time(found, output)
         if options.raw:
             raw = RawWriter(output, view.size)
             for batch in batches:
@@ -99,6 +100,14 @@ def write_diff(
         seconds=time.perf_counter() - begun,
         changed=tuple(tally.changed),
     )
+
+
+def _one_at_a_time(batches: Iterable[Batch], output: AtomicOutput) -> Iterator[Batch]:
+    """The same, but a batch's memory is never used for another one while it is still being written."""
+    for batch in batches:
+        if not batch.data:  # whose writing would wait for that of the last one
+            output.drain()
+        yield batch
 
 
 @contextmanager

@@ -47,8 +47,6 @@ class Qcow2Writer:
         host = self.allocate(len(batch.data))
         if batch.data:
             self._output.pwrite_meanwhile(batch.data, host)
-        else:
-            self._output.drain()  # or what an earlier batch has there may be overwritten while it is being written
         for run in batch.runs:
             host = self._map(run.offset, run.length, run.kind, host)
 

@@ -15,8 +15,6 @@ class RawWriter:
 
     def add(self, batch: Batch) -> None:
         """Write the content of ``batch``."""
-        if not batch.data:
-            self._output.drain()  # or what an earlier batch has there may be overwritten while it is being written
         for run, content in batch.pieces():
             self._output.pwrite_meanwhile(content[: self._size - run.offset], run.offset)
 

@@ -19,8 +19,6 @@ class SubclusterWriter(Qcow2Writer):
     def add(self, batch: Batch) -> None:
         """Write the subclusters of ``batch``; batches come in the disk's order."""
         size = self.shape.cluster_size
-        if not batch.data:
-            self._output.drain()  # or what an earlier batch has there may be overwritten while it is being written
         for (offset, length, kind), data in batch.pieces():
             end = offset + length
             while offset < end:

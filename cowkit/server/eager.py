@@ -63,7 +63,10 @@ class EagerWait:
             now = perf_counter_ns()
             if now >= until:
                 break
-        self._trust = _STARVED if now - begun > _STARVED_NS else self._trust - _VAIN_COSTS
-        if _STARVED < self._trust <= 0:
-            self._trust = _LOST
+        if now - begun > _STARVED_NS:
+            self._trust = _STARVED
+        else:
+            self._trust -= _VAIN_COSTS
+            if self._trust <= 0:
+                self._trust = _LOST
         return poll(None)

@@ -86,12 +86,16 @@ class Pool:
         self._members: dict[int, Member] = {}
         self._epoll: select.epoll | None = None
         self._led = False
-        self.last: Member | None = None
+        self._last: Member | None = None
         """Whose turn was the last."""
 
     def is_crowded(self, member: Member) -> bool:
-        """Whether it would do better to join; asked at each turn that it takes by itself after one of another connection."""
-        self.last = member
+        """Whether it would do better to join; asked at each turn that it takes by itself."""
+        if self._last is member:
+            if member.crowd > 0:
+                member.crowd -= 1
+            return False
+        self._last = member
         member.crowd += 1
         return member.crowd >= _CROWDED
 
@@ -117,7 +121,7 @@ class Pool:
         wait = EagerWait(epoll.poll)
         while leader.leads:
             for number, _ in wait():
-                member = self.last = members[number]
+                member = self._last = members[number]
                 if member.take_turn():
                     continue
                 with self._lock:
@@ -168,12 +172,8 @@ def drive(steps: Steps, channel: Channel, *, may_join: bool) -> None:
     for need in steps:
         if need is Need.THREAD:
             continue
-        pool = _pool
-        if pool.last is member:
-            if member.crowd > 0:
-                member.crowd -= 1
-        elif may_join and pool.is_crowded(member):
-            pool.join(member)
+        if may_join and _pool.is_crowded(member):
+            _pool.join(member)
             if member.error is not None:
                 raise member.error
             if member.ended:

@@ -3,37 +3,19 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import time
 from collections.abc import Mapping
 
 from scripts.benchmarks.bench import Bench
-from scripts.benchmarks.model import BenchError, Experiment, Row
+from scripts.benchmarks.model import Experiment, Row
 from scripts.benchmarks.servers import SERVERS, serving
-
-_SECONDS = 120.0
+from scripts.benchmarks.timing import timed
 
 
 def _copy(bench: Bench, contender: str) -> Mapping[str, float]:
     image = bench.image()
     with serving(contender, image, bench.new_room()) as served:
-        begun = time.perf_counter()
-        try:
-            done = subprocess.run(
-                ["nbdcopy", served.uri, "null:"],
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=_SECONDS,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            raise BenchError(f"nbdcopy did not end within {_SECONDS:g} s") from None
-        taken = time.perf_counter() - begun
-    if done.returncode:
-        raise BenchError(f"nbdcopy failed: {done.stderr.strip()[-500:] or done.returncode}")
-    return {"nbdcopy": os.path.getsize(image) / taken / 1e6}
+        taken, _ = timed(["nbdcopy", served.uri, "null:"], served.room.folder)
+    return {"nbdcopy": os.path.getsize(image) / (taken / 1e3) / 1e6}
 
 
 EXPERIMENTS = (

@@ -6,17 +6,15 @@ import contextlib
 import json
 import os
 import random
-import subprocess
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 from scripts.benchmarks.bench import GIB, MIB, Bench
-from scripts.benchmarks.model import COWKIT, BenchError, Experiment, Limit, Row, Times, UnavailableError
+from scripts.benchmarks.model import COWKIT, Experiment, Limit, Row, Times, UnavailableError
 from scripts.benchmarks.servers import COWKIT_COMMAND, Served, need, serving
+from scripts.benchmarks.timing import timed
 
 RECIPE = "create + rebase"
 _SIZE = 2 * GIB
-_SECONDS = 120.0
 _RUNS = ((MIB, 0.5), (256 * 1024, 0.25), (64 * 1024, 0.25))
 """The lengths of what is written, in bytes, and how much of the dirty bytes is in such runs."""
 
@@ -67,28 +65,6 @@ def _dirtied(bench: Bench, share: float) -> Iterator[Served]:
         yield served
 
 
-def _timed(command: Sequence[str], folder: str, environment: Mapping[str, str] | None = None) -> tuple[float, str]:
-    begun = time.perf_counter()
-    try:
-        done = subprocess.run(
-            command,
-            cwd=folder,
-            env=None if environment is None else {**os.environ, **environment},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise BenchError(f"{command[0]} did not end within {_SECONDS:g} s") from None
-    taken = time.perf_counter() - begun
-    if done.returncode:
-        raise BenchError(f"{os.path.basename(command[0])} failed: {done.stderr.strip()[-500:] or done.returncode}")
-    return taken * 1e3, done.stdout
-
-
 def _measure(share: float, names: tuple[str, str, str]) -> Callable[[Bench, str], Mapping[str, float]]:
     within, command, read = names
 
@@ -102,11 +78,11 @@ def _measure(share: float, names: tuple[str, str, str]) -> Callable[[Bench, str]
             try:
                 if contender == RECIPE:
                     source = ["-f", "qcow2", "-F", "raw"]
-                    created, _ = _timed(["qemu-img", "create", "-q", *source, "-b", served.uri, output], folder)
-                    rebased, _ = _timed(["qemu-img", "rebase", "-q", *source, "-b", image, output], folder)
+                    created, _ = timed(["qemu-img", "create", "-q", *source, "-b", served.uri, output], folder)
+                    rebased, _ = timed(["qemu-img", "rebase", "-q", *source, "-b", image, output], folder)
                     return {within: created + rebased, command: created + rebased}
                 asked = [COWKIT_COMMAND, "diff", "--base", image, "-o", output, "--json"]
-                taken, said = _timed(asked, folder, served.room.environment)
+                taken, said = timed(asked, folder, served.room.environment)
                 report = json.loads(said)
                 return {
                     within: report["seconds"] * 1e3,

@@ -281,6 +281,8 @@ class CowDisk:
         self,
         path: str | os.PathLike[str],
         *,
+        since: Checkpoint | str | None = None,
+        at: Checkpoint | str | None = None,
         backing_file: str | None = None,
         backing_format: str | None = None,
         cluster_size: int | str | None = None,
@@ -295,9 +297,13 @@ class CowDisk:
 
         Clients go on reading and writing meanwhile. A file that is there already is replaced when the new one is complete.
 
+        :param since: only what changed since that checkpoint: an increment, whose backing file is what was kept of the
+            checkpoint; ``backing_file`` names that.
+        :param at: what was there at that checkpoint instead of now.
         :param backing_file: the name of the base to record; unless given, the base's path: relative to ``path``'s directory
             if the base was given as a relative path.
-        :param backing_format: the base's format to record, as QEMU names it; unless given, what it was opened as.
+        :param backing_format: the base's format to record, as QEMU names it; unless given, what it was opened as, and
+            ``"qcow2"`` with ``since``.
         :param cluster_size: of the image: a power of two from 4096 bytes to 2 MiB; 64 KiB unless given.
         :param subclusters: divide clusters by 32 (extended L2 entries, QEMU 5.2 and later), so that a small change costs little.
         :param compress: compress each cluster, by ``"zlib"`` or by ``"zstd"`` (QEMU 5.1 and later).
@@ -307,36 +313,23 @@ class CowDisk:
         :param progress: called now and then with the number of bytes dealt with and of those there are.
         :raises UsageError: the options do not go together, or the base cannot be a backing file (it is compressed, or a part
             of a file), and no other is named.
+        :raises CheckpointError: the disk has no such checkpoint, or ``since`` is later than ``at``.
         :raises OutputError: the image cannot be written; an old file at ``path`` is as it was.
         :raises BaseChangedError: the base is not what it was when the disk was opened.
         """
-        from cowkit.diff import ImageOptions, write_diff
-        from cowkit.diff.qcow2_layout import check_format_name
+        from cowkit.diff import ImageOptions
+        from cowkit.keeping.live import States, keep
 
-        options = ImageOptions(cluster_size, subclusters, compress, bitmap, standalone, raw)
-        options.check()
-        base = self.engine.base
-        if options.has_all:
-            self._open()
-            if backing_file is not None or backing_format is not None:
-                raise UsageError("an image with all of the disk has no backing file: leave out its name and format")
-            path, name = os.fsdecode(path), None
-        else:
-            path, name = self._output(path, backing_file)
-        if backing_format is None:
-            # Where the base itself cannot be the backing file, what it holds has been put somewhere else as a raw image.
-            backing_format = base.backing_format if base.backing_refusal is None else "raw"
-        elif name is None:
-            raise UsageError(f"a blank disk has no base of format {backing_format!r}: its difference stands alone")
-        elif backing_file is None and check_format_name(backing_format) != base.backing_format:
-            raise UsageError(
-                f"the base was opened as {base.backing_format}, not as {backing_format!r}: leave the backing format out, or name "
-                "another backing file"
-            )
-        with self.engine.freeze() as view:
-            return write_diff(
-                view, path, backing_file=name, backing_format=backing_format, progress=progress, options=options
-            )
+        self._open()
+        return keep(
+            self.engine,
+            path,
+            options=ImageOptions(cluster_size, subclusters, compress, bitmap, standalone, raw),
+            states=States(since, at),
+            backing_file=backing_file,
+            backing_format=backing_format,
+            progress=progress,
+        )
 
     @_where_the_disk_is
     def check_diff(self, path: str | os.PathLike[str], *, backing_file: str | None = None) -> None:
@@ -344,48 +337,10 @@ class CowDisk:
 
         :raises CowkitError: what :meth:`diff` would raise.
         """
-        from cowkit.diff import check_output
+        from cowkit.keeping.live import check
 
-        path, _ = self._output(path, backing_file)
-        check_output(self.engine.base, path)
-
-    def _output(self, path: str | os.PathLike[str], backing_file: str | None) -> tuple[str, str | None]:
         self._open()
-        path = os.fsdecode(path)
-        name = self._backing_file(path) if backing_file is None else backing_file
-        if name is not None and self.engine.base.given is None:
-            raise UsageError(f"a blank disk has no base to be called {name!r}: its difference stands alone")
-        if name is not None and backing_file is not None:
-            self._check_backing(path, name)
-        return path, name
-
-    def _check_backing(self, path: str, name: str) -> None:
-        """Whether a name that the user gave for the base can be right; where there is no such file yet, it may.
-
-        :raises UsageError: it cannot.
-        """
-        from cowkit.bases.opening import image_format_of, is_uri
-
-        if is_uri(name) or "\0" in name:
-            return
-        output = os.path.realpath(path)
-        backing = os.path.realpath(os.path.join(os.path.dirname(output), name))
-        if backing == output:
-            raise UsageError(f"the difference {path} cannot be its own backing file: name the base, or another output")
-        if self.engine.base.backing_refusal is not None and (found := image_format_of(backing)) is not None:
-            raise UsageError(
-                f"backing file {name} is a {found} file: what the base holds is raw, so name a raw copy of that"
-            )
-
-    def _backing_file(self, path: str | os.PathLike[str]) -> str | None:
-        from cowkit.diff import backing_name
-
-        base = self.engine.base
-        if base.backing_refusal is not None:
-            raise UsageError(base.backing_refusal)
-        if base.path is None:
-            return base.given  # an NBD URI, which QEMU opens as it is
-        return backing_name(base.given, base.path, path)
+        check(self.engine, path, backing_file=backing_file)
 
     # Serving
 

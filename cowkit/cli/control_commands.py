@@ -43,6 +43,8 @@ class DiskCommands:
                 self._diff,
                 {
                     "path": Argument(str),
+                    "since": Argument(str, required=False),
+                    "at": Argument(str, required=False),
                     "backing-file": Argument(str, required=False),
                     "base": Argument(str, required=False),
                     "base-path": Argument(str, required=False),
@@ -103,7 +105,8 @@ class DiskCommands:
                     f"{name} {given!r} is relative, and the server is in a directory of its own: make it absolute"
                 )
         backing_file = arguments.get("backing-file")
-        whole = arguments.get("standalone", False) or arguments.get("raw", False)
+        since = arguments.get("since")
+        whole = arguments.get("standalone", False) or arguments.get("raw", False) or since is not None
         refusal = self._disk.engine.base.backing_refusal
         if backing_file is None and refusal is not None and not whole:
             raise ControlError(refusal)
@@ -115,6 +118,8 @@ class DiskCommands:
             backing_file = backing_name(base, base_path, path)
         report = self._disk.diff(
             path,
+            since=since,
+            at=arguments.get("at"),
             backing_file=backing_file,
             backing_format=arguments.get("backing-format"),
             cluster_size=arguments.get("cluster-size"),

@@ -25,6 +25,8 @@ DESCRIPTION = (
 EXAMPLES = """
 cowkit diff --base disk.img -o diff.qcow2
 cowkit diff --from 4711 -o diff.qcow2 --json
+cowkit diff --base disk.img --at monday -o d1.qcow2
+cowkit diff --base disk.img --since monday --backing d1.qcow2 -o d2.qcow2
 cowkit diff --base disk.img -o small.qcow2 --subclusters
 cowkit diff --base disk.img -o alone.qcow2 --no-backing --compress zlib
 cowkit diff --base disk.img -o now.img --raw
@@ -52,6 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the report as JSON, with each extent that changed")
     parser.add_argument("--exit-code", action="store_true", help="end with status 1 if anything changed, and 0 if not")
     add_choice(parser)
+    states = parser.add_argument_group("which two states (default: the base, and now)")
+    states.add_argument(
+        "--since",
+        metavar="CHECKPOINT",
+        help="only what changed since that checkpoint, on top of what was kept of it, which --backing names",
+    )
+    states.add_argument("--at", metavar="CHECKPOINT", help="what was there at that checkpoint instead of now")
     image = parser.add_argument_group("what kind of image (default: qcow2 on top of the base)")
     image.add_argument(
         "--cluster-size",
@@ -100,7 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _kind(arguments: argparse.Namespace) -> dict[str, Any]:
     """The members that say what kind of image is asked for."""
     asked: dict[str, Any] = {}
-    for name in ("backing_format", "subclusters", "compress", "bitmap", "standalone", "raw"):
+    for name in ("since", "at", "backing_format", "subclusters", "compress", "bitmap", "standalone", "raw"):
         value = getattr(arguments, name)
         if value is not None and value is not False:
             asked[name.replace("_", "-")] = value

@@ -2,7 +2,7 @@
 
 from cowkit.diff.native import backing_name, check_output, write_diff
 from cowkit.diff.options import Compression, ImageOptions
-from cowkit.diff.qcow2_reader import Qcow2Image
+from cowkit.diff.qcow2.reader import Qcow2Image
 from cowkit.diff.report import DiffReport
 
 __all__ = ["Compression", "DiffReport", "ImageOptions", "Qcow2Image", "backing_name", "check_output", "write_diff"]

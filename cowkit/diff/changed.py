@@ -18,12 +18,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from cowkit.diff.batch import Batch, Gathering
-from cowkit.diff.qcow2_layout import down, image_size, up
+from cowkit.diff.qcow2.layout import down, image_size, up
 from cowkit.diff.tally import Tally
 from cowkit.disk.extent import Extent, Kind
 
 if TYPE_CHECKING:
-    from cowkit.disk import FrozenView
+    from cowkit.diff.view import View
 
 _PIECE = 1 << 20
 """Bytes that are read and compared at once where a long run is dirty; or one cluster, if that is more."""
@@ -75,7 +75,7 @@ def by_cluster(extents: Iterable[Extent], cluster_size: int) -> Iterator[Part | 
 class BaseMap:
     """Data and holes of the base, asked for as needed; beyond the base's end is one hole."""
 
-    def __init__(self, view: FrozenView) -> None:
+    def __init__(self, view: View) -> None:
         self._base = view.base
         self._size = view.size
         self._known = Extent(0, 0, Kind.HOLE)
@@ -108,7 +108,7 @@ class Changes:
     :param progress: called with the dirty bytes dealt with and those there are in all, now and then and at the end.
     """
 
-    def __init__(self, view: FrozenView, cluster_size: int, progress: Callable[[int, int], None] | None = None) -> None:
+    def __init__(self, view: View, cluster_size: int, progress: Callable[[int, int], None] | None = None) -> None:
         self.tally = Tally()
         self._view = view
         self._cluster = cluster_size

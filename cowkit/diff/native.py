@@ -9,27 +9,29 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from cowkit.diff.batch import Batch
-from cowkit.diff.bitmap_writer import add_bitmap, granularity_for
 from cowkit.diff.changed import Changes
 from cowkit.diff.options import ImageOptions
 from cowkit.diff.output import AtomicOutput
-from cowkit.diff.qcow2_header import backing_chain
-from cowkit.diff.qcow2_layout import LONGEST_BACKING_NAME, Geometry, check_format_name, geometry
-from cowkit.diff.qcow2_writer import Qcow2Writer
+from cowkit.diff.qcow2.bitmap_writer import add_bitmap, granularity_for
+from cowkit.diff.qcow2.header import backing_chain
+from cowkit.diff.qcow2.layout import LONGEST_BACKING_NAME, Geometry, check_format_name, geometry
+from cowkit.diff.qcow2.subcluster_writer import SubclusterWriter
+from cowkit.diff.qcow2.writer import Qcow2Writer
 from cowkit.diff.raw_writer import RawWriter
 from cowkit.diff.report import DiffReport, amounts
-from cowkit.diff.subcluster_writer import SubclusterWriter
 from cowkit.diff.whole import Whole
+from cowkit.disk.view_base import ViewBase
 from cowkit.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
-    from cowkit.disk import Base, FrozenView
+    from cowkit.diff.view import View
+    from cowkit.disk import Base
 
 DEFAULTS = ImageOptions()
 
 
 def write_diff(
-    view: FrozenView,
+    view: View,
     path: str | os.PathLike[str],
     *,
     backing_file: str | None,
@@ -54,15 +56,14 @@ def write_diff(
     begun = time.perf_counter()
     options.check()
     shape = geometry(view.size, options.cluster, subclusters=options.subclusters)
-    base_path = view.base.path
-    if backing_file is None and not options.has_all and (base_path or view.base.given):
+    if backing_file is None and not options.has_all and (view.base.path or view.base.given):
         raise UsageError(f"a difference to {view.base.given} needs a name for it: give backing_file")
     if backing_file is not None and options.has_all:
         raise UsageError(f"an image with all of the disk has no backing file: leave out {backing_file}")
     name = _checked(backing_file) if backing_file is not None else None
     check_format_name(backing_format)
     view.base.verify_path()
-    with AtomicOutput(path, spare=_spared(base_path)) as output:
+    with AtomicOutput(path, spare=_spared(view.base, path, backing_file)) as output:
         changes = Changes(view, shape.grain, progress)
         found: Iterable[Batch] = Whole(view, changes, shape.grain) if options.has_all else changes
         batches = _one_at_a_time(found, output)
@@ -115,7 +116,7 @@ def _writer(
     output: AtomicOutput, shape: Geometry, name: bytes | None, backing_format: str, options: ImageOptions
 ) -> Iterator[Qcow2Writer]:
     if options.compress is not None:
-        from cowkit.diff.compressed_writer import CompressedWriter  # its thread pool takes 10 ms to import
+        from cowkit.diff.qcow2.compressed_writer import CompressedWriter  # its thread pool takes 10 ms to import
 
         with CompressedWriter(
             output, shape, backing_file=name, backing_format=backing_format, method=options.compress
@@ -131,11 +132,17 @@ def check_output(base: Base, path: str | os.PathLike[str]) -> None:
 
     :raises OutputError: it could not.
     """
-    AtomicOutput(path, spare=_spared(base.path)).check()
+    AtomicOutput(path, spare=_spared(base, path, None)).check()
 
 
-def _spared(base_path: str | None) -> list[str]:
-    return [base_path, *backing_chain(base_path)] if base_path is not None else []
+def _spared(base: Base, output: str | os.PathLike[str], backing_file: str | None) -> list[str]:
+    """The files that the image stands on, which it must not replace."""
+    while isinstance(base, ViewBase):
+        base = base.shown.base
+    bottoms = [] if base.path is None else [base.path]
+    if backing_file is not None:
+        bottoms.append(os.path.join(os.path.dirname(os.path.realpath(output)), backing_file))
+    return [each for bottom in bottoms for each in (bottom, *backing_chain(bottom))]
 
 
 def backing_name(given: str | None, base_path: str | None, output: str | os.PathLike[str]) -> str | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, get_args
 
-from cowkit.diff.bitmap_writer import check_bitmap_name
-from cowkit.diff.qcow2_layout import DEFAULT_CLUSTER, check_cluster_size
+from cowkit.diff.qcow2.bitmap_writer import check_bitmap_name
+from cowkit.diff.qcow2.layout import DEFAULT_CLUSTER, check_cluster_size
 from cowkit.disk.sizes import parse_size
 from cowkit.errors import UsageError
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 from cowkit.diff.batch import Batch, Gathering
 from cowkit.diff.changed import BaseMap, Changes
-from cowkit.diff.qcow2_layout import down, up
+from cowkit.diff.qcow2.layout import down, up
 from cowkit.disk.extent import Kind
 
 if TYPE_CHECKING:
-    from cowkit.disk import FrozenView
+    from cowkit.diff.view import View
 
 
 class Whole:
@@ -23,7 +23,7 @@ class Whole:
     :param cluster_size: the same as of ``changes``; bytes.
     """
 
-    def __init__(self, view: FrozenView, changes: Changes, cluster_size: int) -> None:
+    def __init__(self, view: View, changes: Changes, cluster_size: int) -> None:
         self._view = view
         self._changes = changes
         self._cluster = cluster_size

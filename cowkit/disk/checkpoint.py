@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 
 from cowkit.disk.base import Base
-from cowkit.disk.extent import Extent, Kind
+from cowkit.disk.extent import Extent, Kind, merged
 from cowkit.disk.layer import Layer
 from cowkit.disk.owner_map import BASE, ZERO, FrozenMap
 from cowkit.disk.source import Source
@@ -31,6 +31,26 @@ def extents_of_runs(runs: Iterator[tuple[int, int, int]], shift: int, size: int)
     for first, last, owner in runs:
         start = first << shift
         yield Extent(start, min(last << shift, size) - start, Kind.ZERO if owner == ZERO else Kind.DATA)
+
+
+def allocation(map: FrozenMap, base: Base, shift: int, offset: int, end: int) -> Iterator[Extent]:
+    """A range as ``DATA``, ``ZERO`` (zeroed in the overlay) and ``HOLE`` (of the base, or beyond its end)."""
+    return merged(_allocation(map, base, shift, offset, end))
+
+
+def _allocation(map: FrozenMap, base: Base, shift: int, offset: int, end: int) -> Iterator[Extent]:
+    if offset == end:
+        return
+    for first, last, owner in map.runs(offset >> shift, ((end - 1) >> shift) + 1):
+        start, stop = max(first << shift, offset), min(last << shift, end)
+        if owner != BASE:
+            yield Extent(start, stop - start, Kind.ZERO if owner == ZERO else Kind.DATA)
+            continue
+        inside = max(start, min(stop, base.size))
+        if inside > start:
+            yield from base.extents(start, inside - start)
+        if stop > inside:
+            yield Extent(inside, stop - inside, Kind.HOLE)
 
 
 class FrozenView:
@@ -74,9 +94,21 @@ class FrozenView:
         """How many bytes are dirty."""
         return sum(extent.length for extent in self.dirty_extents())
 
-    def dirty_extents(self) -> Iterator[Extent]:
-        """The longest runs that a layer holds (``DATA``) or that were zeroed (``ZERO``), in order."""
-        return extents_of_runs(self.map.dirty_runs(), self._shift, self.size)
+    def dirty_extents(self, since: FrozenView | None = None) -> Iterator[Extent]:
+        """The longest runs that a layer holds (``DATA``) or that were zeroed (``ZERO``), in order.
+
+        :param since: only what was written or zeroed since this earlier view of the same disk.
+        """
+        earlier = None if since is None else since.map
+        return extents_of_runs(self.map.dirty_runs(since=earlier), self._shift, self.size)
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        """The range as ``DATA``, ``ZERO`` (zeroed in the overlay) and ``HOLE`` (of the base, or beyond its end).
+
+        :raises OutOfBoundsError: the range is not within the disk.
+        """
+        end = self._check(offset, length)
+        return allocation(self.map, self.base, self._shift, offset, end)
 
     def pread(self, length: int, offset: int) -> bytes:
         """``length`` bytes from ``offset`` on.

@@ -277,20 +277,48 @@ class Disk:
         self.overlay.map.restore(OwnerMap(self.overlay.map.blocks))
         return self.overlay.drop_layers(0)
 
-    def freeze(self) -> FrozenView:
-        """A read-only view of this moment; the disk goes on. Close it when done."""
-        return self._shut(self._freeze)
+    def freeze(self, at: Checkpoint | str | None = None) -> FrozenView:
+        """A read-only view of this moment, or of a checkpoint; the disk goes on. Close it when done.
 
-    def _freeze(self) -> FrozenView:
+        :raises CheckpointError: the disk has no such checkpoint, or was rolled back past it.
+        """
+        return self._shut(lambda: self._freeze(at))
+
+    def freeze_both(self, since: Checkpoint | str, at: Checkpoint | str | None = None) -> tuple[FrozenView, FrozenView]:
+        """A view of the checkpoint ``since``, and one of this moment or of the later checkpoint ``at``. Close both when done.
+
+        :raises CheckpointError: the disk has no such checkpoint, or ``since`` is the later of the two.
+        """
+
+        def both() -> tuple[FrozenView, FrozenView]:
+            then = self.find_checkpoint(since)
+            if at is not None:
+                now = self.find_checkpoint(at)
+                if self._checkpoints.index(now) < self._checkpoints.index(then):
+                    raise CheckpointError(
+                        f"checkpoint {now.name!r} is older than {then.name!r}: give the older one as the one to begin from"
+                    )
+            earlier = self._freeze(then)
+            return earlier, self._freeze(at)
+
+        return self._shut(both)
+
+    def _freeze(self, at: Checkpoint | str | None) -> FrozenView:
         overlay = self.overlay
-        depth = overlay.seal()
+        if at is None:
+            depth, map = overlay.seal(), overlay.map.freeze()
+        else:
+            point = self.find_checkpoint(at)
+            depth, map = point._depth, point._map
         view = FrozenView(
-            overlay.map.freeze(),
+            map,
             base=self.base,
             size=self.size,
             block_size=self.block_size,
             sources=list(overlay.sources),
-            layers=list(overlay.layers.values()),
+            layers=list(overlay.layers.values())
+            if at is None
+            else [overlay.layers[each] for each in overlay.stack[:depth]],
             on_close=self._view_closed,
         )
         self._views[view] = depth

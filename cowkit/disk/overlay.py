@@ -23,7 +23,8 @@ from functools import partial
 from typing import TypeVar
 
 from cowkit.disk.base import Base, ZeroBase
-from cowkit.disk.extent import Extent, Kind, merged
+from cowkit.disk.checkpoint import allocation
+from cowkit.disk.extent import Extent, Kind
 from cowkit.disk.layer import Layer
 from cowkit.disk.owner_map import BASE, CHUNK_MASK, CHUNK_SHIFT, FIRST_LAYER, LAST_LAYER, NO_LAYER, ZERO, OwnerMap, Run
 from cowkit.disk.source import PaddedSource, Source, ZeroSource
@@ -460,16 +461,4 @@ class Overlay:
 
     def allocation(self, offset: int, end: int) -> Iterator[Extent]:
         """What the range consists of: ``DATA``, ``ZERO`` (zeroed here) or ``HOLE`` (of the base, or beyond its end)."""
-        return merged(self._allocation(offset, end))
-
-    def _allocation(self, offset: int, end: int) -> Iterator[Extent]:
-        for first, last, owner in self.map.runs(offset >> self.shift, ((end - 1) >> self.shift) + 1):
-            start, stop = max(first << self.shift, offset), min(last << self.shift, end)
-            if owner != BASE:
-                yield Extent(start, stop - start, Kind.ZERO if owner == ZERO else Kind.DATA)
-                continue
-            inside = max(start, min(stop, self.base.size))
-            if inside > start:
-                yield from self.base.extents(start, inside - start)
-            if stop > inside:
-                yield Extent(inside, stop - inside, Kind.HOLE)
+        return allocation(self.map, self.base, self.shift, offset, end)

@@ -14,7 +14,7 @@ from cowkit.cow_disk import CowDisk
 from cowkit.disk import Checkpoint, Kind
 from cowkit.disk.owner_map import OwnerMap
 from cowkit.errors import CowkitError
-from cowkit.hosting.checkpoint import CheckpointArgument
+from cowkit.hosting.checkpoint import POINTS, CheckpointArgument
 from cowkit.hosting.errors_in_transit import ErrorInTransit, dismantled
 from cowkit.hosting.messages import Closed
 from cowkit.hosting.server import DiskServer
@@ -163,7 +163,10 @@ class Hosted:
         """The result of an operation. ``given`` are sockets that came with the call."""
         if operation in _WITH_SOCKETS:
             return getattr(self, operation)(*arguments, given=given, **options)
-        return getattr(self if hasattr(Hosted, operation) else self.disk, operation)(*arguments, **options)
+        if hasattr(Hosted, operation):
+            return getattr(self, operation)(*arguments, **options)
+        options |= {each: self._point(point) for each, point in options.items() if each in POINTS}
+        return getattr(self.disk, operation)(*arguments, **options)
 
 
 _WITH_SOCKETS = ("serve", "adopt")

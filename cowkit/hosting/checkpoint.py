@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 from cowkit.disk import Checkpoint
 
+POINTS = ("since", "at")
+"""The options of methods that are checkpoints."""
+
 
 class HostedCheckpoint(Checkpoint):
     """Stands for a checkpoint that is in the host, where it has a ``number``. Made by :class:`HostedCheckpoints`."""

@@ -11,7 +11,7 @@ from typing import Any
 from cowkit.disk import Checkpoint, Extent, Kind
 from cowkit.disk.disk import Buffer
 from cowkit.errors import CowkitError, DiskClosedError, DiskError, ListenError
-from cowkit.hosting.checkpoint import HostedCheckpoints
+from cowkit.hosting.checkpoint import POINTS, HostedCheckpoints
 from cowkit.hosting.errors_in_transit import reassembled
 from cowkit.hosting.messages import Closed
 from cowkit.hosting.notices import Notices
@@ -71,6 +71,7 @@ class HostedDisk:
     def call_method(self, name: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """The result of a method of CowDisk that reads or makes files, called with these arguments."""
         progress = options.pop("progress", None)
+        options |= {each: self._checkpoints.argument(point) for each, point in options.items() if each in POINTS}
         return self.call(
             name, *map(_sendable, arguments), options=_all_sendable(options), located=True, progress=progress
         )

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cowkit.diff import ImageOptions, Qcow2Image, write_diff
-from cowkit.diff.qcow2_layout import HEADER, Header
+from cowkit.diff.qcow2.layout import HEADER, Header
 from cowkit.disk import Disk, Extent, FileBase, Kind
 from cowkit.errors import ImageError, UsageError
 from tests.diff.helpers import make_base, noise, run

@@ -6,8 +6,8 @@ A cluster has its place in the file as a whole, of which nothing is written but 
 from __future__ import annotations
 
 from cowkit.diff.batch import Batch
-from cowkit.diff.qcow2_layout import COPIED, EXTENDED_ENTRY, SUBCLUSTERS, down, up
-from cowkit.diff.qcow2_writer import Qcow2Writer
+from cowkit.diff.qcow2.layout import COPIED, EXTENDED_ENTRY, SUBCLUSTERS, down, up
+from cowkit.diff.qcow2.writer import Qcow2Writer
 from cowkit.disk.extent import Kind
 
 _ALL = (1 << SUBCLUSTERS) - 1

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from cowkit.diff.batch import Batch
 from cowkit.diff.output import AtomicOutput
-from cowkit.diff.qcow2_layout import COPIED, ENTRY, READS_AS_ZERO, Bitmaps, Geometry, head_of_file, refcounts_for, up
+from cowkit.diff.qcow2.layout import COPIED, ENTRY, READS_AS_ZERO, Bitmaps, Geometry, head_of_file, refcounts_for, up
 from cowkit.disk.extent import Kind
 
 _PAGE = 4096
@@ -28,7 +28,7 @@ class Qcow2Writer:
     """
 
     compression = 0
-    """The index in :data:`cowkit.diff.qcow2_layout.COMPRESSION_TYPES`."""
+    """The index in :data:`cowkit.diff.qcow2.layout.COMPRESSION_TYPES`."""
 
     def __init__(
         self, output: AtomicOutput, shape: Geometry, *, backing_file: bytes | None, backing_format: str

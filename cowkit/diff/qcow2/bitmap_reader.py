@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from cowkit.diff.qcow2_layout import (
+from cowkit.diff.qcow2.layout import (
     ALL_SET,
     DIRECTORY_ENTRY,
     ENTRY,

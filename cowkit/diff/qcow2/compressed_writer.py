@@ -16,9 +16,9 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from cowkit.diff.batch import Batch, Run
-from cowkit.diff.compression import compressor
 from cowkit.diff.output import AtomicOutput
-from cowkit.diff.qcow2_layout import (
+from cowkit.diff.qcow2.compression import compressor
+from cowkit.diff.qcow2.layout import (
     COMPRESSED,
     COMPRESSED_UNIT,
     COMPRESSION_TYPES,
@@ -28,7 +28,7 @@ from cowkit.diff.qcow2_layout import (
     Geometry,
     up,
 )
-from cowkit.diff.qcow2_writer import Qcow2Writer
+from cowkit.diff.qcow2.writer import Qcow2Writer
 from cowkit.disk.extent import Kind
 
 _AHEAD = 4

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import NamedTuple, Self
 
-from cowkit.diff.bitmap_reader import StoredBitmap, read_bitmaps
-from cowkit.diff.compression import decompress
-from cowkit.diff.qcow2_header import open_image, read_head
-from cowkit.diff.qcow2_layout import (
+from cowkit.diff.qcow2.bitmap_reader import StoredBitmap, read_bitmaps
+from cowkit.diff.qcow2.compression import decompress
+from cowkit.diff.qcow2.header import open_image, read_head
+from cowkit.diff.qcow2.layout import (
     COMPRESSED,
     COMPRESSED_UNIT,
     COPIED,

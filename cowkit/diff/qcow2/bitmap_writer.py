@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from cowkit.diff.qcow2_layout import ALL_SET, DIRECTORY_ENTRY, ENTRY, LONGEST_BITMAP_NAME, Bitmaps, up
-from cowkit.diff.qcow2_writer import Qcow2Writer
+from cowkit.diff.qcow2.layout import ALL_SET, DIRECTORY_ENTRY, ENTRY, LONGEST_BITMAP_NAME, Bitmaps, up
+from cowkit.diff.qcow2.writer import Qcow2Writer
 from cowkit.disk.extent import Extent
 from cowkit.errors import UsageError
 

@@ -10,7 +10,7 @@ import stat
 from collections.abc import Callable
 from typing import NamedTuple
 
-from cowkit.diff.qcow2_layout import (
+from cowkit.diff.qcow2.layout import (
     BITMAPS,
     BITMAPS_CONSISTENT,
     COMPRESSION_TYPE,

@@ -16,7 +16,7 @@ _NEEDS_BACKPORT = "compressing or reading clusters by zstd"
 
 
 def compressor(name: str) -> Callable[[bytes], bytes]:
-    """What compresses a cluster by ``name``, one of :data:`cowkit.diff.qcow2_layout.COMPRESSION_TYPES`; for any thread.
+    """What compresses a cluster by ``name``, one of :data:`cowkit.diff.qcow2.layout.COMPRESSION_TYPES`; for any thread.
 
     :raises MissingToolError: the library that it needs is not installed.
     """

@@ -1,0 +1,76 @@
+"""The backing file that a difference records: which name and format, and whether they can be right."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+from cowkit.bases.opening import image_format_of, is_uri
+from cowkit.diff import ImageOptions, backing_name
+from cowkit.diff.qcow2.layout import check_format_name
+from cowkit.disk import Base
+from cowkit.errors import UsageError
+
+
+class Backing(NamedTuple):
+    """The name and the format to record; no name where the image stands alone."""
+
+    name: str | None
+    format: str
+
+
+def choose_backing(
+    base: Base, path: str, name: str | None, format: str | None, options: ImageOptions, *, kept: bool = False
+) -> Backing:
+    """What an image at ``path`` records, whose content is to be seen on top of ``base``.
+
+    :param name: what the user says, or None.
+    :param format: what the user says, or None.
+    :param kept: ``base`` is an earlier state of a disk, which the user has kept in the file that ``name`` names.
+    :raises UsageError: they do not fit the base, or are needed and missing.
+    """
+    if options.has_all:
+        if name is not None or format is not None:
+            raise UsageError("an image with all of the disk has no backing file: leave out its name and format")
+        return Backing(None, "raw")
+    chosen = _found(base, path) if name is None else _checked(base, path, name, kept=kept)
+    if format is None:
+        if kept:
+            return Backing(chosen, "qcow2")
+        # Where the base itself cannot be the backing file, what it holds has been put somewhere else as a raw image.
+        return Backing(chosen, base.backing_format if base.backing_refusal is None else "raw")
+    if chosen is None:
+        raise UsageError(f"a blank disk has no base of format {format!r}: its difference stands alone")
+    if name is None and check_format_name(format) != base.backing_format:
+        raise UsageError(
+            f"the base was opened as {base.backing_format}, not as {format!r}: leave the backing format out, or name "
+            "another backing file"
+        )
+    return Backing(chosen, format)
+
+
+def _found(base: Base, path: str) -> str | None:
+    if base.backing_refusal is not None:
+        raise UsageError(base.backing_refusal)
+    if base.path is None:
+        return base.given  # an NBD URI, which QEMU opens as it is
+    return backing_name(base.given, base.path, path)
+
+
+def _checked(base: Base, path: str, name: str, *, kept: bool) -> str:
+    """A name that the user gave; where there is no such file yet, it may be right."""
+    if base.given is None:
+        raise UsageError(f"a blank disk has no base to be called {name!r}: its difference stands alone")
+    if not name:
+        raise UsageError("the name of the backing file is empty: give the base's path, or leave the name out")
+    if is_uri(name) or "\0" in name:
+        return name
+    output = os.path.realpath(path)
+    backing = os.path.realpath(os.path.join(os.path.dirname(output), name))
+    if backing == output:
+        raise UsageError(f"the difference {path} cannot be its own backing file: name the base, or another output")
+    if not kept and base.backing_refusal is not None and (found := image_format_of(backing)) is not None:
+        raise UsageError(
+            f"backing file {name} is a {found} file: what the base holds is raw, so name a raw copy of that"
+        )
+    return name

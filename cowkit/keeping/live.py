@@ -1,0 +1,75 @@
+"""Keeps what changed on a disk of this process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import closing
+from typing import NamedTuple
+
+from cowkit.diff import DiffReport, ImageOptions, check_output, write_diff
+from cowkit.diff.view import Increment, View
+from cowkit.disk import Checkpoint, Disk
+from cowkit.keeping.backing import choose_backing
+
+Point = Checkpoint | str
+
+
+class States(NamedTuple):
+    """Which two states of a disk a difference is of."""
+
+    since: Point | None = None
+    """From this checkpoint on; from the base, unless given."""
+    at: Point | None = None
+    """Up to this checkpoint; up to now, unless given."""
+
+
+NOW = States()
+
+
+def keep(
+    disk: Disk,
+    path: str | os.PathLike[str],
+    *,
+    options: ImageOptions,
+    states: States = NOW,
+    backing_file: str | None = None,
+    backing_format: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> DiffReport:
+    """Write the difference between two states of ``disk`` to ``path``; see :meth:`cowkit.CowDisk.diff`."""
+    options.check()
+    path = os.fsdecode(path)
+    with closing(view_of(disk, states)) as view:
+        since = states.since is not None
+        backing = choose_backing(view.base, path, backing_file, backing_format, options, kept=since)
+        return write_diff(
+            view,
+            path,
+            backing_file=backing.name,
+            backing_format=backing.format,
+            progress=progress,
+            options=options,
+        )
+
+
+def view_of(disk: Disk, states: States) -> View:
+    """Both states of ``disk``; the caller closes the view.
+
+    :raises CheckpointError: the disk has no such checkpoint, or they are in the wrong order.
+    """
+    if states.since is None:
+        return disk.freeze(states.at)
+    name = states.since if isinstance(states.since, str) else states.since.name
+    earlier, later = disk.freeze_both(states.since, states.at)
+    return Increment(earlier, later, f"checkpoint {name!r} of {disk.base.given or 'the blank disk'}")
+
+
+def check(disk: Disk, path: str | os.PathLike[str], *, backing_file: str | None = None) -> None:
+    """Look whether :func:`keep` could write there.
+
+    :raises CowkitError: what it would raise.
+    """
+    path = os.fsdecode(path)
+    choose_backing(disk.base, path, backing_file, None, ImageOptions())
+    check_output(disk.base, path)

@@ -30,7 +30,6 @@ The operating system's or the library's own error, where there is one, is always
 from __future__ import annotations
 
 import errno as _errno
-import shlex
 from collections.abc import Sequence
 
 
@@ -145,8 +144,11 @@ class ToolFailedError(ToolError):
     """
 
     def __init__(self, command: Sequence[str], status: int, output: str) -> None:
+        import shlex  # a millisecond that nobody else needs to spend
+
         last = output.strip().splitlines()[-1] if output.strip() else "it printed nothing"
         how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
+
         super().__init__(f"`{shlex.join(command)}` {how}: {last}")
         self.command = list(command)
         self.status = status

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -63,8 +64,10 @@ def write_diff(
     name = _checked(backing_file) if backing_file is not None else None
     check_format_name(backing_format)
     view.base.verify_path()
-    with AtomicOutput(path, spare=_spared(view.base, path, backing_file)) as output:
-        changes = Changes(view, shape.grain, progress)
+    with _base_blamed(view.base), AtomicOutput(path, spare=_spared(view.base, path, backing_file)) as output:
+        # The other kinds of image must see their content, or have it where it belongs.
+        plain = not (options.has_all or options.subclusters or options.compress)
+        changes = Changes(view, shape.grain, progress, in_parts=plain)
         found: Iterable[Batch] = Whole(view, changes, shape.grain) if options.has_all else changes
         batches = _one_at_a_time(found, output)
         if options.raw:
@@ -101,6 +104,17 @@ def write_diff(
         seconds=time.perf_counter() - begun,
         changed=tuple(tally.changed),
     )
+
+
+@contextmanager
+def _base_blamed(base: Base) -> Iterator[None]:
+    """A write from the base's mapping that fails since the base was cut short is a fault of the base, not of the image."""
+    try:
+        yield
+    except OutputError as error:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EFAULT:
+            base.verify()
+        raise
 
 
 def _one_at_a_time(batches: Iterable[Batch], output: AtomicOutput) -> Iterator[Batch]:

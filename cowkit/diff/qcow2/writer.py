@@ -44,9 +44,10 @@ class Qcow2Writer:
 
     def add(self, batch: Batch) -> None:
         """Write the clusters of ``batch``; batches come in the disk's order."""
-        host = self.allocate(len(batch.data))
-        if batch.data:
-            self._output.pwrite_meanwhile(batch.data, host)
+        size = batch.size
+        host = self.allocate(size)
+        if size:
+            self._output.pwritev_meanwhile([batch.data] if batch.parts is None else batch.parts, size, host)
         for run in batch.runs:
             host = self._map(run.offset, run.length, run.kind, host)
 

@@ -19,7 +19,7 @@ from cowkit.server import wire
 from cowkit.server.block_status import WHOLE_OVERLAY, contexts_of
 from cowkit.server.exports import Export
 from cowkit.server.options import OptionRefused
-from cowkit.server.transmission import MAXIMUM_PAYLOAD
+from cowkit.server.requests import MAXIMUM_PAYLOAD
 from cowkit.server.wire import Reply, TransmissionFlag
 
 Share = Literal["all", "export", "connection"]

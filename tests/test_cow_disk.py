@@ -747,6 +747,13 @@ def test_a_forked_child_is_refused_and_does_its_parents_disk_no_harm_and_can_hav
     assert greeted(path)
 
 
+def test_a_path_with_a_nul_is_refused_in_words(make: Make, base: Path, tmp_path: Path) -> None:
+    disk = make(base)
+    for look in (disk.diff, disk.check_diff):
+        with pytest.raises(OutputError, match="no file's name has a NUL"):
+            look("d\0.qcow2")
+
+
 def test_an_output_error_does_not_close_the_disk(make: Make) -> None:
     disk = make(size="1M")
     with pytest.raises(OutputError):

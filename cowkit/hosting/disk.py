@@ -160,7 +160,7 @@ class HostedDisk:
     @property
     def own_server(self) -> tuple[str, str]:
         """The URI and the socket's path of the server that each disk can have; it starts at the first use."""
-        if self._own_server is None:
+        if self._own_server is None or self._host.gone():  # then the call tells of it
             self._own_server = self.call("own_server", located=True)
         self._open()
         return self._own_server

@@ -98,17 +98,21 @@ def _options(chain: DiffChain) -> Iterator[str]:
         yield f"{prefix}file.filename={_escaped(os.path.abspath(image.path))}"
         prefix += "backing."
     if chain.base is not None:
-        for option in _base_options(chain.base):
+        for option in _base_options(chain.base, chain.images[-1].backing_file):
             yield f"{prefix}{option}"
 
 
-def _base_options(base: Base) -> Iterator[str]:
+def _base_options(base: Base, name: str | None) -> Iterator[str]:
     if base.backing_refusal is not None:
         raise UsageError(f"QEMU cannot read the base as cowkit does: {base.backing_refusal}")
     assert base.given is not None
     if base.path is None:
-        yield "driver=raw"
-        yield f"file.filename={_escaped(base.given)}"
+        yield "driver=raw"  # of what the image names: that it could be elsewhere, qemu-nbd has no options for
+        if name != base.given:
+            raise UsageError(
+                f"QEMU reads {base.given} only where the difference names it, and that is {name}: record the other one in it (qemu-img "
+                f"rebase -u -F raw -b {base.given})"
+            )
     elif base.backing_format == "raw":
         yield "driver=raw"
         assert isinstance(base, FileBase)

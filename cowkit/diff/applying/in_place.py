@@ -25,7 +25,7 @@ from cowkit.disk import Extent, FileBase, Kind
 from cowkit.disk.files import pwrite_whole
 from cowkit.disk.punch import punch_hole
 from cowkit.disk.source import ZEROES
-from cowkit.errors import OutputError, UsageError, WrongBaseError
+from cowkit.errors import CowkitError, OutputError, UsageError, WrongBaseError
 
 _PIECE = 1 << 20
 
@@ -167,6 +167,8 @@ class _Target:
             self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
             raise OutputError(f"cannot write {path}: {error.strerror}") from error
+        except CowkitError:
+            raise
         except ValueError as error:  # a null byte in the path
             raise OutputError(f"cannot write {path!r}: {error}") from error
         try:

@@ -14,10 +14,12 @@ import pytest
 from cowkit import CowDisk
 from cowkit.bases import open_base
 from cowkit.bases.unfinished import journal_of
-from cowkit.diff.applying import copy, in_place
+from cowkit.diff.applying import in_place
 from cowkit.diff.applying.copy import apply_to
 from cowkit.diff.applying.in_place import apply_in_place, finish
 from cowkit.diff.applying.journal import Journal
+from cowkit.diff.applying.report import ApplyReport
+from cowkit.disk.files import pwrite_whole
 from cowkit.errors import BaseOpenError, ImageError, OutputError, UsageError, WrongBaseError
 from tests.diff.helpers import make_base, noise, run
 from tests.limits import files_limited_to
@@ -70,7 +72,7 @@ def test_every_way_to_copy_makes_the_same_file(
         def clone(fd: int, request: int, source: int) -> None:
             os.sendfile(fd, source, 0, SIZE)  # what FICLONE leaves, on a file system that has no clones
 
-        monkeypatch.setattr(copy.fcntl, "ioctl", clone)
+        monkeypatch.setattr(fcntl, "ioctl", clone)
     elif how == "by hand":
 
         def refuse(*arguments: object) -> int:
@@ -167,7 +169,7 @@ class Killed(BaseException):
 def stop_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """End the next in-place apply at its write of that number to the base."""
     count = 0
-    real = in_place.pwrite_whole
+    real = pwrite_whole
 
     def write(fd: int, data: memoryview, offset: int) -> None:
         nonlocal count
@@ -224,7 +226,7 @@ def test_an_interrupted_one_of_another_difference_is_finished_first(
         stop_at(patch, 1)
         with pytest.raises(Killed):
             apply_in_place(tmp_path / "d1.qcow2")
-    told = []
+    told: list[ApplyReport] = []
     apply_in_place(tmp_path / "d2.qcow2", base=base, on_finished=told.append)
     assert [Path(str(each.path)).name for each in told] == ["d1.qcow2"]
     assert base.read_bytes() == both != expected

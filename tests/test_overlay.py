@@ -260,11 +260,32 @@ def test_the_marks_and_the_factory_take_it(base: Path, tmp_path: Path, pytester:
     pytester.makepyfile(f"""
         import pytest
 
-        @pytest.mark.cow_disk(base={str(base)!r}, overlay={str(tmp_path / "diff.qcow2")!r})
+        @pytest.mark.cow_disk(base={str(base)!r}, overlay="diff.qcow2")
         def test_marked(cow_disk):
             assert cow_disk.pread(7, 4096) == b"earlier"
+
+        def test_made(cow_disk_factory):
+            assert cow_disk_factory({str(base)!r}, overlay={str(tmp_path / "diff.qcow2")!r}).pread(7, 4096) == b"earlier"
     """)
-    pytester.runpytest_inprocess("-p", "no:cacheprovider").assert_outcomes(passed=1)
+    shutil.copy(tmp_path / "diff.qcow2", pytester.path)
+    pytester.runpytest_inprocess("-p", "no:cacheprovider").assert_outcomes(passed=2)
+
+
+def test_a_relative_name_is_the_callers_also_in_a_host(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = b""
+    with CowDisk(base) as disk:
+        wreck(disk, 1)
+        disk.diff(tmp_path / "diff.qcow2")
+        expected = whole(disk)
+    monkeypatch.chdir(tmp_path)
+    with CowDisk(base, overlay="diff.qcow2", server="process") as disk:
+        assert whole(disk) == expected
+        disk.rollback("overlay")
+    (tmp_path / "other.img").write_bytes(bytes(SIZE))
+    with pytest.raises(WrongBaseError, match=r"diff\.qcow2 is a difference to another base than other\.img"):
+        CowDisk("other.img", overlay="diff.qcow2", server="process")
 
 
 def test_a_base_that_was_written_to_since_is_refused(base: Path, tmp_path: Path) -> None:

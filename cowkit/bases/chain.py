@@ -80,8 +80,9 @@ class Chain:
 
     def _add(self, file: FileBase, image: str, name: str) -> FileBase:
         try:
-            found = FileBase(os.path.join(os.path.dirname(image), name))
-            refuse_unfinished(found.given, found.path)
+            place = os.path.join(os.path.dirname(image), name)
+            refuse_unfinished(place, place)
+            found = FileBase(place)
         except BaseOpenError as error:
             raise BaseOpenError(f"base {file.given}: {image} needs {name}: {error}") from error
         self.files.append(found)

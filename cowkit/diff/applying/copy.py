@@ -9,10 +9,10 @@ import time
 from contextlib import ExitStack
 
 from cowkit.diff.applying.report import ApplyReport
+from cowkit.diff.bottom import open_bottom
 from cowkit.diff.identity import Progress
 from cowkit.diff.output import AtomicOutput
 from cowkit.diff.qcow2.header import backing_chain
-from cowkit.diff.verify import open_bottom
 from cowkit.disk import Base, Extent, FileBase, Kind
 from cowkit.disk.punch import punch_hole
 from cowkit.disk.source import ZEROES

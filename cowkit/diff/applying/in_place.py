@@ -18,9 +18,9 @@ from typing import Self
 from cowkit.bases.unfinished import journal_of
 from cowkit.diff.applying.journal import Facts, Journal, JournalWriter, identity_of_file
 from cowkit.diff.applying.report import ApplyReport
+from cowkit.diff.bottom import open_bottom
 from cowkit.diff.chain import DiffChain
 from cowkit.diff.identity import Progress
-from cowkit.diff.verify import open_bottom
 from cowkit.disk import Extent, FileBase, Kind
 from cowkit.disk.files import pwrite_whole
 from cowkit.disk.punch import punch_hole

@@ -122,10 +122,17 @@ def test_a_base_that_was_moved_is_recognised_and_another_one_is_not(base: Path, 
         assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    "format",
+    ["raw", pytest.param("qcow2", marks=pytest.mark.requires("qemu-img", "qemu-nbd", "setpriv", modules=["nbd"]))],
+)
 def test_an_increment_is_not_taken_for_a_difference_to_the_base_where_both_have_the_same_samples(
-    tmp_path: Path,
+    format: str, tmp_path: Path
 ) -> None:
-    base = make_base(tmp_path / "base.img", 40 * MIB, {0: noise(MIB, 1)})
+    base = make_base(tmp_path / "raw.img", 40 * MIB, {0: noise(MIB, 1)})
+    if format != "raw":
+        run("qemu-img", "convert", "-f", "raw", "-O", format, base, tmp_path / f"base.{format}")
+        base = tmp_path / f"base.{format}"
     with CowDisk(base) as disk:
         disk.pwrite(b"where nothing is sampled", 20 * MIB + 12_345)
         disk.diff(tmp_path / "d1.qcow2")
@@ -133,7 +140,7 @@ def test_an_increment_is_not_taken_for_a_difference_to_the_base_where_both_have_
         disk.pwrite(b"two", 30 * MIB)
         disk.diff(tmp_path / "d2.qcow2", since="one", backing_file="d1.qcow2")
         changed = whole(disk)
-    copy = Path(shutil.move(base, tmp_path / "copy.img"))
+    copy = Path(shutil.move(base, tmp_path / f"copy{base.suffix}"))
     with CowDisk(copy, overlay=tmp_path / "d2.qcow2") as disk:
         assert whole(disk) == changed
 

@@ -71,7 +71,7 @@ def cut(data: bytearray, chance: random.Random) -> None:
 
 
 @pytest.mark.parametrize("where", ["header", "extension", "table", "cut"])
-@pytest.mark.parametrize("rounds", [25, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [25, pytest.param(150, marks=pytest.mark.slow)])
 def test_a_damaged_difference_is_one_line_and_nothing_is_written(
     where: str, rounds: int, pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -132,7 +132,7 @@ def read(diff: Path, base: Path) -> bytes | None:
 
 
 @pytest.mark.requires("qemu-img", "qemu-nbd", "setpriv", modules=["nbd"])
-@pytest.mark.parametrize("rounds", [12, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [12, pytest.param(100, marks=pytest.mark.slow)])
 def test_verify_never_says_that_a_damaged_difference_is_right_where_readers_differ(
     rounds: int, pair: tuple[Path, Path], tmp_path: Path
 ) -> None:

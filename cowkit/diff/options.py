@@ -123,7 +123,9 @@ class ImageOptions(NamedTuple):
             if wrong:
                 words = " and ".join(name.replace("_", " ") for name in wrong)
                 raise UsageError(f"{words}: for the format qcow2, not for {self.kind!r}, which may have image options")
-        for key in self.image_options or ():
+        for key, value in (self.image_options or {}).items():
+            if not isinstance(value, str | int):  # a bool is an int
+                raise UsageError(f"the image option {key!r} is a string, a number, true or false, not {value!r}")
             plain = key.replace("_", "-") if isinstance(key, str) else key
             if plain in _OURS:
                 raise UsageError(f"the image option {key!r} is cowkit's own to choose: leave it out")

@@ -50,7 +50,7 @@ class Feeder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._handle.close()
+        del self._handle  # which closes it: requests that are still under way come to nothing
 
     def add(self, batch: Batch) -> None:
         """Write the runs of ``batch``, as far as the export goes.
@@ -74,12 +74,19 @@ class Feeder:
         for at in range(0, length, _LONGEST_ZERO):
             self._begin(self._handle.aio_zero, min(length - at, _LONGEST_ZERO), offset + at)
 
+    def drain(self) -> None:
+        """Wait until all is written.
+
+        :raises FeedError: something failed.
+        """
+        self._drain(0)
+
     def finish(self) -> None:
         """Wait until all is written, and end the connection.
 
         :raises FeedError: something failed.
         """
-        self._drain(0)
+        self.drain()
         try:
             self._handle.flush()
             self._handle.shutdown()

@@ -90,14 +90,28 @@ class _Recipe:
             self._compressed()
         name = self._order.backing_file
         if name is not None and Readable(name, self._order.backing_format) != self._before:
-            self._run(["rebase", "-u", "-f", "qcow2", "-b", name, "-F", self._order.backing_format, self._link])
+            self._run(
+                [
+                    "rebase",
+                    "-u",
+                    "-t",
+                    "unsafe",
+                    "-f",
+                    "qcow2",
+                    "-b",
+                    name,
+                    "-F",
+                    self._order.backing_format,
+                    self._link,
+                ]
+            )
 
     def _rebased(self, image: str, fds: Sequence[int], begin: float, end: float) -> None:
         """Make ``image`` what differs between now and before, on top of the latter."""
         create = ["create", "-q", "-f", "qcow2", "-o", self._creation(), "-b", self._now, "-F", "raw"]
         self._run([*create, image, str(self._order.shape.size)], fds)
         before = ["-b", ""] if self._before is None else ["-b", self._before.filename, "-F", self._before.format]
-        self._run(["rebase", "-p", "-f", "qcow2", *before, image], fds, begin, end)
+        self._run(["rebase", "-p", "-t", "unsafe", "-f", "qcow2", *before, image], fds, begin, end)
 
     def _compressed(self) -> None:
         directory = os.path.dirname(self._output.temporary)

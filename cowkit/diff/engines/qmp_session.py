@@ -72,7 +72,7 @@ class QmpSession:
         try:
             return self._wait(self._client.execute(command, arguments))
         except ExecuteError as error:
-            raise QmpError(error.error.desc) from error
+            raise QmpError(error.error.error.desc) from error
         except QMPError as error:
             raise QmpError(f"it ended the QMP session at {command}") from error
 
@@ -104,13 +104,13 @@ class QmpSession:
                 return await asyncio.wait_for(listener.get(), TICK_SECONDS)
         return await listener.get()
 
-    def run_job(self, job: str, start: Callable[[], object]) -> None:
-        """Have ``start`` begin the job of that name, and wait until it has ended.
+    def run_job(self, job: str, command: str, arguments: Mapping[str, object]) -> None:
+        """Execute what begins the job of that name, and wait until it has ended.
 
         :raises QmpError: it failed, in the server's words.
         """
         with self.events("JOB_STATUS_CHANGE") as following:
-            start()
+            self.execute(command, arguments)
             while True:
                 data = following()
                 if data["id"] == job and data["status"] == "concluded":

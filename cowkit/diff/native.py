@@ -60,6 +60,8 @@ def write_diff(
     engine = engine or NATIVE
     options.check()
     shape = geometry(view.size, options.cluster, subclusters=options.subclusters)
+    if options.bitmap is not None and not view.size:
+        raise UsageError("an empty disk has nothing for a bitmap to mark, and QEMU refuses such an image: leave it out")
     if backing_file is None and not options.has_all and (view.base.path or view.base.given):
         raise UsageError(f"a difference to {view.base.given} needs a name for it: give backing_file")
     if backing_file is not None and options.has_all:

@@ -10,7 +10,7 @@ from cowkit.diff.batch import Batch
 from cowkit.diff.changed import Changes
 from cowkit.diff.engine import Filled, Order
 from cowkit.diff.engines.creation import CreationOptions
-from cowkit.diff.engines.feeding import FeedError, Feeder
+from cowkit.diff.engines.feeding import Feeder, FeedError
 from cowkit.diff.engines.qmp_session import QmpError, QmpSession
 from cowkit.diff.engines.sockets import Listening
 from cowkit.diff.options import STACKABLE

@@ -116,7 +116,7 @@ class _Recipe:
     def _compressed(self) -> None:
         directory = os.path.dirname(self._output.temporary)
         try:
-            loose = tempfile.TemporaryFile(dir=directory)  # without a name: nothing is left of it
+            loose = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 - no name: nothing is left of it
         except OSError as error:
             raise OutputError(f"cannot write {self._output.path}: {error.strerror}") from error
         with loose:

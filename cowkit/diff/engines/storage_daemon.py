@@ -1,10 +1,9 @@
 """The engine "qmp": a QEMU storage daemon writes the image, and is fed what changed.
 
-It listens on nothing that has a name: QMP goes through a pair of sockets, NBD through a socket whose name is gone before it
-starts. ::
+Nobody else can talk to it: QMP goes through a pair of sockets, NBD through one in a private directory. ::
 
     what changed -> NBD export -> [compress filter] -> node of the format -> file node -> the output
-                                                              \\-> backing node, the state before, over NBD
+                                                                          -> backing node: the state before, over NBD
 
 The backing node is for what is written to a cluster in part: QEMU copies the rest of it. The name and format that the image
 records are just put into it.

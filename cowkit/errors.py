@@ -19,7 +19,8 @@ Each message is one line: what was wrong, with which value, and what to do about
     │   └── ControlError       a running server that cannot be found, chosen or asked
     ├── DiffError              keeping a difference
     │   ├── OutputError        the file asked for cannot be written
-    │   └── ImageError         an image file that is not what it claims to be
+    │   ├── ImageError         an image file that is not what it claims to be
+    │   └── WrongBaseError     a difference that was made of another base
     └── ToolError              a program outside cowkit
         ├── MissingToolError   it is not installed; the message says how to get it
         └── ToolFailedError    it ran and failed; the message has the command and the end of its output
@@ -30,7 +31,6 @@ The operating system's or the library's own error, where there is one, is always
 from __future__ import annotations
 
 import errno as _errno
-import shlex
 from collections.abc import Sequence
 
 
@@ -126,6 +126,10 @@ class ImageError(DiffError):
     """An image file that is not what it claims to be, or that uses a feature which cowkit does not read."""
 
 
+class WrongBaseError(DiffError):
+    """A difference that was made of another base than the one it is to be used with, or of one that has changed since."""
+
+
 class ToolError(CowkitError):
     """A program outside cowkit."""
 
@@ -145,8 +149,11 @@ class ToolFailedError(ToolError):
     """
 
     def __init__(self, command: Sequence[str], status: int, output: str) -> None:
+        import shlex  # a millisecond that nobody else needs to spend
+
         last = output.strip().splitlines()[-1] if output.strip() else "it printed nothing"
         how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
+
         super().__init__(f"`{shlex.join(command)}` {how}: {last}")
         self.command = list(command)
         self.status = status

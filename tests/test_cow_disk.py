@@ -479,6 +479,22 @@ def test_a_difference_is_the_same_in_both_modes(base: Path, tmp_path: Path) -> N
     assert found[0] == found[1]
 
 
+def test_an_increment_is_of_the_checkpoints_that_are_given_by_themselves_or_by_name(
+    make: Make, base: Path, tmp_path: Path
+) -> None:
+    disk = make(base)
+    first = disk.checkpoint()
+    disk.pwrite(b"a", 0)
+    second = disk.checkpoint("second")
+    disk.pwrite(b"b", BLOCK)
+    for since, at in ((first, second), (first.name, "second")):
+        report = disk.diff(tmp_path / "d.qcow2", since=since, at=at, backing_file="d1.qcow2")
+        assert [extent.offset for extent in report.changed] == [0]
+    assert [extent.offset for extent in disk.diff(tmp_path / "d.qcow2", at=second).changed] == [0]
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        disk.diff(tmp_path / "d.qcow2", since=make(base).checkpoint("stranger"), backing_file="d1.qcow2")
+
+
 def test_progress_is_told_in_the_thread_that_asked(make: Make, base: Path, tmp_path: Path) -> None:
     disk = make(base)
     disk.pwrite(b"x" * (1 << 20), 0)
@@ -729,6 +745,13 @@ def test_a_forked_child_is_refused_and_does_its_parents_disk_no_harm_and_can_hav
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert disk.pread(6, 0) == b"parent"
     assert greeted(path)
+
+
+def test_a_path_with_a_nul_is_refused_in_words(make: Make, base: Path, tmp_path: Path) -> None:
+    disk = make(base)
+    for look in (disk.diff, disk.check_diff):
+        with pytest.raises(OutputError, match="no file's name has a NUL"):
+            look("d\0.qcow2")
 
 
 def test_an_output_error_does_not_close_the_disk(make: Make) -> None:

@@ -86,6 +86,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-backing", dest="standalone", action="store_true", help="have all of the disk in OUT, and no backing file"
     )
     image.add_argument(
+        "--hash",
+        choices=("sampled", "full"),
+        help="record a digest of some blocks of the base, or of all of it, which is then read (default: sampled)",
+    )
+    image.add_argument(
         "--raw", action="store_true", help="write a sparse raw file with all of the disk instead of qcow2"
     )
     engine = parser.add_argument_group("who writes it (default: cowkit; whatever only QEMU can write: qmp)")
@@ -149,6 +154,7 @@ def _kind(arguments: argparse.Namespace) -> dict[str, Any]:
         "bitmap",
         "standalone",
         "raw",
+        "hash",
         "engine",
         "format",
     ):

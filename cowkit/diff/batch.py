@@ -26,14 +26,26 @@ class Run(NamedTuple):
     kind: Kind
 
 
+_MOST_PARTS = 800
+"""Parts of a gathered write, about; the system takes 1,024 (IOV_MAX)."""
+
+
 class Batch(NamedTuple):
     """Some ``runs``, in order, and the content of those that are ``DATA``, one after another.
 
-    ``data`` is good until the next batch but one is asked for: meanwhile it can be written.
+    The content is good until the next batch but one is asked for: meanwhile it can be written.
     """
 
     runs: list[Run]
     data: memoryview
+    """The content in one piece; with ``parts``, no more than what was read for it."""
+    parts: list[memoryview] | None = None
+    """The content for a gathered write, by one who asked for that: pieces of the base's mapping, for system calls only."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of content."""
+        return sum(run.length for run in self.runs if run.kind is Kind.DATA)
 
     def pieces(self) -> Iterator[tuple[Run, memoryview]]:
         """Each run with its content, of which ``ZERO`` has none."""
@@ -49,10 +61,15 @@ class Gathering:
 
     There are two pieces of memory, used in turn: the next batch comes together while the last one is being written. They are
     used again and again, since memory that is touched for the first time costs more than what is read into it.
+
+    :param cluster_size: of the image, in bytes.
+    :param in_parts: whether who takes the batches writes them in parts, so that some may lie elsewhere (:meth:`add_parts`).
     """
 
-    def __init__(self, cluster_size: int) -> None:
+    def __init__(self, cluster_size: int, *, in_parts: bool = False) -> None:
         self._cluster = cluster_size
+        self._in_parts = in_parts
+        self._parts: list[memoryview] = []
         size = max(_MEMORY, cluster_size)
         self._memory, self._other_memory = _pages(size), _pages(size)
         self._filled = 0
@@ -66,7 +83,11 @@ class Gathering:
     @property
     def is_full(self) -> bool:
         """Whether it must be taken before there is room for a cluster and a run."""
-        return len(self._memory) - self._filled < self._cluster or len(self._runs) >= _MOST_RUNS
+        return (
+            len(self._memory) - self._filled < self._cluster
+            or len(self._runs) >= _MOST_RUNS
+            or len(self._parts) >= _MOST_PARTS
+        )
 
     def __bool__(self) -> bool:
         return bool(self._runs)
@@ -78,7 +99,18 @@ class Gathering:
     def add(self, offset: int, length: int, kind: Kind) -> None:
         """One run more. Of ``DATA``, the memory behind the content becomes content."""
         if kind is Kind.DATA:
+            if self._in_parts:
+                self._parts.append(self._memory[self._filled : self._filled + length])
             self._filled += length
+        self._run(offset, length, kind)
+
+    def add_parts(self, offset: int, length: int, parts: list[memoryview], used: int) -> None:
+        """One run of ``DATA`` more, whose content is ``parts``, ``used`` bytes of them in the memory behind the content."""
+        self._filled += used
+        self._parts += parts
+        self._run(offset, length, Kind.DATA)
+
+    def _run(self, offset: int, length: int, kind: Kind) -> None:
         runs = self._runs
         if runs:
             first, size, last_kind = runs[-1]
@@ -89,8 +121,8 @@ class Gathering:
 
     def take(self) -> Batch:
         """The batch so far; the next one begins."""
-        batch = Batch(self._runs, self._memory[: self._filled])
-        self._runs, self._filled = [], 0
+        batch = Batch(self._runs, self._memory[: self._filled], self._parts if self._in_parts else None)
+        self._runs, self._parts, self._filled = [], [], 0
         self._memory, self._other_memory = self._other_memory, self._memory
         return batch
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 
 _ALIGNED = 4096
@@ -29,38 +29,42 @@ _SMALL = 128 << 10
 class BulkWriter:
     """Writes to one file.
 
-    :param pwrite: writes all of the data it is given at the offset, through the page cache, or raises.
+    :param pwritev: writes all of the pieces it is given at the offset, one behind another, through the page cache, or raises.
     """
 
     path = ""
     """Where the file is, for opening it a second time; set before the first write."""
 
-    def __init__(self, pwrite: Callable[[memoryview, int], None]) -> None:
-        self._pwrite = pwrite
+    def __init__(self, pwritev: Callable[[Sequence[memoryview], int], None]) -> None:
+        self._pwritev = pwritev
         self._direct_fd = -1
         self._cost: dict[bool, float] = {}
         """Seconds a byte, by whether it went around the page cache."""
         # Queues, since ctrl-C may come at any moment: a condition's lock could be left in any state, a queue is one call.
-        self._jobs: SimpleQueue[tuple[memoryview, int] | None] = SimpleQueue()
+        self._jobs: SimpleQueue[tuple[Sequence[memoryview], int, int] | None] = SimpleQueue()
         self._results: SimpleQueue[BaseException | None] = SimpleQueue()
         self._under_way = False
         self._thread: threading.Thread | None = None
 
-    def write(self, data: memoryview, offset: int) -> None:
-        """Have ``data`` written, which must stay as it is until the next call returns; raises what the last write raised."""
-        if len(data) < _SMALL:
+    def write(self, pieces: Sequence[memoryview], length: int, offset: int) -> None:
+        """Have ``pieces`` written, one behind another, which must stay as they are until the next call returns.
+
+        :param length: of all of them, in bytes.
+        :raises OSError: what the last write raised.
+        """
+        if length < _SMALL:
             self.drain()
-            self._pwrite(data, offset)
+            self._pwritev(pieces, offset)
             return
         if self._cost.get(False, 0) <= _SLOW and self._thread is None:
-            self._put(data, offset)
+            self._put(pieces, length, offset)
             return
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="cowkit-diff-writer", daemon=True)
             self._thread.start()
         self.drain()
         self._under_way = True
-        self._jobs.put((data, offset))
+        self._jobs.put((pieces, length, offset))
 
     def drain(self) -> None:
         """Wait until all is written; raises what the last write raised."""
@@ -91,13 +95,12 @@ class BulkWriter:
                 error = failure
             self._results.put(error)
 
-    def _put(self, data: memoryview, offset: int) -> None:
-        fits = len(data) % _ALIGNED == 0 and offset % _ALIGNED == 0
+    def _put(self, pieces: Sequence[memoryview], length: int, offset: int) -> None:
         begun = time.perf_counter()
-        around = fits and self._is_better_around() and self._put_around(data, offset)
+        around = offset % _ALIGNED == 0 and self._is_better_around() and self._put_around(pieces, length, offset)
         if not around:
-            self._pwrite(data, offset)
-        self._cost[around] = (time.perf_counter() - begun) / len(data)
+            self._pwritev(pieces, offset)
+        self._cost[around] = (time.perf_counter() - begun) / length
 
     def _is_better_around(self) -> bool:
         if False not in self._cost:
@@ -106,12 +109,14 @@ class BulkWriter:
             return self._cost[False] > _SLOW
         return self._cost[True] < self._cost[False]
 
-    def _put_around(self, data: memoryview, offset: int) -> bool:
+    def _put_around(self, pieces: Sequence[memoryview], length: int, offset: int) -> bool:
         """Whether it could be written around the page cache, as a whole; otherwise the other way shows what is wrong."""
+        if any(len(piece) % _ALIGNED for piece in pieces):
+            return False
         try:
             if self._direct_fd < 0:
                 self._direct_fd = os.open(self.path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
-            return os.pwrite(self._direct_fd, data, offset) == len(data)
+            return os.pwritev(self._direct_fd, pieces, offset) == length
         except OSError:
             self._cost[True] = float("inf")
             return False

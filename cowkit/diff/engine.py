@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from cowkit.diff.identity import BaseIdentity, Progress
 from cowkit.diff.options import EngineName, ImageOptions
 from cowkit.diff.output import AtomicOutput
 from cowkit.diff.qcow2.layout import Geometry
@@ -12,9 +12,6 @@ from cowkit.diff.tally import Tally
 
 if TYPE_CHECKING:
     from cowkit.diff.view import View
-
-Progress = Callable[[int, int], None]
-"""Called with the bytes dealt with and those there are in all; what it raises ends the writing."""
 
 
 class Order(NamedTuple):
@@ -28,6 +25,8 @@ class Order(NamedTuple):
     """The name of the base to record."""
     backing_format: str
     options: ImageOptions
+    identity: BaseIdentity | None
+    """Who the base is, for the image to record where it has a place for that."""
     progress: Progress | None
 
 

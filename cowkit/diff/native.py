@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 from cowkit.diff.batch import Batch
 from cowkit.diff.changed import Changes
 from cowkit.diff.engine import Engine, Filled, Order
+from cowkit.diff.identity import BaseIdentity, Progress, identify, sampled_bytes
 from cowkit.diff.options import EngineName, ImageOptions
 from cowkit.diff.output import AtomicOutput
 from cowkit.diff.qcow2.bitmap_writer import add_bitmap, granularity_for
@@ -70,10 +72,11 @@ def write_diff(
         _checked(backing_file)
     check_format_name(backing_format)
     view.base.verify_path()
-    with AtomicOutput(path, spare=_spared(view.base, path, backing_file)) as output:
-        filled = engine.fill(Order(view, shape, backing_file, backing_format, options, progress), output)
-        if engine is not NATIVE:
-            output.count_allocated()
+    with _base_blamed(view.base), AtomicOutput(path, spare=_spared(view.base, path, backing_file)) as output:
+        identity = None
+        if backing_file is not None and options.kind == "qcow2":
+            identity, progress = identity_of(view, full=options.hash == "full", progress=progress)
+        filled = engine.fill(Order(view, shape, backing_file, backing_format, options, identity, progress), output)
         view.base.verify_path()
     tally = filled.tally
     changed_bytes, changed_extents, zeroed_bytes, zeroed_extents = amounts(tally.changed)
@@ -89,7 +92,7 @@ def write_diff(
         changed_extents=changed_extents,
         zeroed_bytes=zeroed_bytes,
         zeroed_extents=zeroed_extents,
-        bytes_read=tally.bytes_read,
+        bytes_read=tally.bytes_read + (_cost(identity) if identity else 0),
         bytes_written=output.bytes_written,
         seconds=time.perf_counter() - begun,
         changed=tuple(tally.changed),
@@ -107,7 +110,9 @@ class Native:
         """See :meth:`cowkit.diff.engine.Engine.fill`."""
         view, shape, options = order.view, order.shape, order.options
         name = None if order.backing_file is None else _checked(order.backing_file)
-        changes = Changes(view, shape.grain, order.progress)
+        # The other kinds of image must see their content, or have it where it belongs.
+        plain = not (options.has_all or options.subclusters or options.compress)
+        changes = Changes(view, shape.grain, order.progress, in_parts=plain)
         found: Iterable[Batch] = Whole(view, changes, shape.grain) if options.has_all else changes
         batches = _one_at_a_time(found, output)
         if options.is_raw:
@@ -117,6 +122,7 @@ class Native:
             raw.finish()
             return Filled(changes.tally, view.size)
         with _writer(output, shape, name, order.backing_format, options) as writer:
+            writer.identity = order.identity and order.identity.to_bytes()
             for batch in batches:
                 writer.add(batch)
             bitmaps = None
@@ -128,6 +134,52 @@ class Native:
 
 
 NATIVE: Engine = Native()
+
+
+@contextmanager
+def _base_blamed(base: Base) -> Iterator[None]:
+    """A write from the base's mapping that fails since the base was cut short is a fault of the base, not of the image."""
+    try:
+        yield
+    except OutputError as error:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EFAULT:
+            base.verify()
+        raise
+
+
+def identity_of(view: View, *, full: bool, progress: Progress | None) -> tuple[BaseIdentity | None, Progress | None]:
+    """Who the base of ``view`` is, and what tells of the progress of what comes next.
+
+    There is none of a compressed base, of which some blocks cost as much as all, unless all is what is asked for.
+
+    :param full: with the digest of the whole base.
+    """
+    base = view.base
+    if not full:
+        return (None if base.scattered_reads_are_slow else identify(base)), progress
+    if progress is None:
+        return identify(base, full=True), None
+    tell, dirty = progress, view.dirty_bytes
+    whole = identify(base, full=True, progress=_every(200, base.size, lambda done, total: tell(done, total + dirty)))
+    return whole, lambda done, total: tell(base.size + done, base.size + total)
+
+
+def _every(times: int, total: int, progress: Progress) -> Progress:
+    """The same, called not much more often than that."""
+    told = 0
+
+    def tell(done: int, _: int) -> None:
+        nonlocal told
+        if (done - told) * times >= total:
+            told = done
+            progress(done, total)
+
+    return tell
+
+
+def _cost(identity: BaseIdentity) -> int:
+    """How many bytes of the base were read for its identity."""
+    return sampled_bytes(identity.size) + (identity.size if identity.full is not None else 0)
 
 
 def _one_at_a_time(batches: Iterable[Batch], output: AtomicOutput) -> Iterator[Batch]:

@@ -15,7 +15,7 @@ import fcntl
 import os
 import stat
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -119,7 +119,7 @@ class AtomicOutput:
 
         :raises OutputError: there is no room, or the system fails to write.
         """
-        self._write_all(memoryview(data), offset)
+        self._write_all([memoryview(data)], offset)
         self.bytes_written += len(data)
 
     def pwrite_meanwhile(self, data: memoryview, offset: int) -> None:
@@ -127,18 +127,30 @@ class AtomicOutput:
 
         :raises OutputError: an earlier piece found no room, or the system failed to write it.
         """
-        self._bulk.write(data, offset)
-        self.bytes_written += len(data)
+        self.pwritev_meanwhile([data], len(data), offset)
 
-    def _write_all(self, rest: memoryview, offset: int) -> None:
+    def pwritev_meanwhile(self, pieces: Sequence[memoryview], length: int, offset: int) -> None:
+        """The same for up to 1,024 pieces (IOV_MAX), one behind another, ``length`` bytes in all."""
+        self._bulk.write(pieces, length, offset)
+        self.bytes_written += length
+
+    def _write_all(self, pieces: Sequence[memoryview], offset: int) -> None:
+        rest = list(pieces)
         try:
             while rest:
                 # A short write says that room or a limit ran out in its middle: the next one tells which.
-                count = os.pwrite(self._fd, rest, offset)
-                rest = rest[count:]
+                count = os.pwritev(self._fd, rest, offset)
                 offset += count
+                while rest and count >= len(rest[0]):
+                    count -= len(rest.pop(0))
+                if rest:
+                    rest[0] = rest[0][count:]
         except OSError as error:
             raise self._failed(error) from error
+
+    def fileno(self) -> int:
+        """The descriptor of the file that is being written."""
+        return self._fd
 
     def drain(self) -> None:
         """Wait until all of :meth:`pwrite_meanwhile` is written; raises what that does."""

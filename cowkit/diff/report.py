@@ -37,7 +37,8 @@ class DiffReport(NamedTuple):
     """The part of what is changed that reads as zeroes now."""
     zeroed_extents: int
     bytes_read: int
-    """From the base and from what was written; what QEMU's programs read of the base's own file they do not tell."""
+    """From the base and from what was written; at most 256 KiB of it to recognise the base by. What QEMU's programs read of
+    the base's own file they do not tell."""
     bytes_written: int
     """To the image; holes of its file are not counted. What QEMU's programs wrote: the room that the file takes."""
     seconds: float

@@ -41,7 +41,7 @@ class HostedDisk:
         self._host.open_disks.add(self._number)
         try:
             # A relative path to a base means what it means here and now.
-            located = given is not None and not os.path.isabs(given)
+            located = any(each is not None and not os.path.isabs(each) for each in (given, options.overlay))
             asked = options._asdict() | {"name": name}
             facts, _ = self._host.call("open", self._number, (given,), asked, located=located)
         except BaseException:
@@ -160,7 +160,7 @@ class HostedDisk:
     @property
     def own_server(self) -> tuple[str, str]:
         """The URI and the socket's path of the server that each disk can have; it starts at the first use."""
-        if self._own_server is None:
+        if self._own_server is None or self._host.gone():  # then the call tells of it
             self._own_server = self.call("own_server", located=True)
         self._open()
         return self._own_server

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from cowkit.diff import DiffReport, ImageOptions, check_output, write_diff
 from cowkit.diff.view import Increment, View
 from cowkit.disk import Checkpoint, Disk
+from cowkit.errors import OutputError
 from cowkit.keeping.backing import choose_backing
 from cowkit.keeping.engines import engine_for
 
@@ -40,7 +41,7 @@ def keep(
 ) -> DiffReport:
     """Write the difference between two states of ``disk`` to ``path``; see :meth:`cowkit.CowDisk.diff`."""
     options.check()
-    path = os.fsdecode(path)
+    path = _plain(path)
     with closing(view_of(disk, states)) as view:
         since = states.since is not None
         backing = choose_backing(view.base, path, backing_file, backing_format, options, kept=since)
@@ -73,6 +74,13 @@ def check(disk: Disk, path: str | os.PathLike[str], *, backing_file: str | None 
 
     :raises CowkitError: what it would raise.
     """
-    path = os.fsdecode(path)
+    path = _plain(path)
     choose_backing(disk.base, path, backing_file, None, ImageOptions())
     check_output(disk.base, path)
+
+
+def _plain(path: str | os.PathLike[str]) -> str:
+    path = os.fsdecode(path)
+    if "\0" in path:
+        raise OutputError(f"cannot write {path!r}: no file's name has a NUL")
+    return path

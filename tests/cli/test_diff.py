@@ -49,6 +49,22 @@ def test_it_finds_the_server_of_the_base_and_keeps_what_changed(
 
 
 @pytest.mark.requires("qemu-img")
+def test_increments_make_a_chain_that_qemu_reads(base: Path, tmp_path: Path, serve: Serve, cowkit: Run) -> None:
+    server = serve(base)
+    write(server.uri, b"one", 0)
+    cowkit("checkpoint", "monday")
+    write(server.uri, b"two", 500_000)
+    assert cowkit("diff", "--base", base, "--at", "monday", "-o", "d1.qcow2").returncode == 0
+    done = cowkit("diff", "--base", base, "--since", "monday", "--backing", "d1.qcow2", "-o", "d2.qcow2")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "4 KiB changed in 1 extent on top of d1.qcow2" in done.stdout
+    (tmp_path / "now.img").write_bytes(read(server.uri, base.stat().st_size, 0))
+    subprocess.run(["qemu-img", "compare", "-q", "now.img", "d2.qcow2"], cwd=tmp_path, check=True)
+    assert "keep it first, and name that file" in complaint(cowkit("diff", "--since", "monday", "-o", "d3.qcow2"))
+    assert "no checkpoint 'never'" in complaint(cowkit("diff", "--at", "never", "-o", "d3.qcow2"))
+
+
+@pytest.mark.requires("qemu-img")
 def test_qemu_reads_it_on_top_of_the_base(base: Path, tmp_path: Path, serve: Serve, cowkit: Run) -> None:
     server = serve("disk.img")
     write(server.uri, b"boo", 4097)

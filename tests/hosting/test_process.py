@@ -170,6 +170,8 @@ def test_a_host_that_was_killed_is_told_of_by_each_of_its_disks_and_the_next_dis
     with pytest.raises(ServerError, match=rf"host process {before.pid} .* ended by signal 9 \(Killed\)"):
         one.pread(1, 0)
     with pytest.raises(ServerError, match="ended by signal 9"):
+        one.uri  # noqa: B018 - that was there before
+    with pytest.raises(ServerError, match="ended by signal 9"):
         server.stop()
     with pytest.raises(ServerError, match="what was written is lost; new disks get a new host"):
         two.close()

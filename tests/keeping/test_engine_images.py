@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from cowkit import CowDisk
+from cowkit.diff import Qcow2Image
+from cowkit.diff.identity import Hash, identify
 from cowkit.diff.options import EngineName
 from cowkit.errors import OutputError, UsageError
 from tests.diff.helpers import make_base, noise, run
@@ -210,3 +212,25 @@ def test_clients_go_on_writing_and_the_image_is_of_one_moment(engine: EngineName
 
     disk.diff("diff.qcow2", engine=engine, progress=write_on)
     run("qemu-img", "compare", "-q", "diff.qcow2", "now.img")
+
+
+@each_engine
+@pytest.mark.parametrize("hash", [None, "full"])
+def test_the_image_tells_its_base_from_others(engine: EngineName, hash: Hash | None, disk: CowDisk) -> None:
+    disk.diff("diff.qcow2", engine=engine, hash=hash)
+    with Qcow2Image("diff.qcow2") as image:
+        image.check()
+        assert image.identity == identify(disk.engine.base, full=hash == "full").to_bytes()
+    run("qemu-img", "check", "-q", "diff.qcow2")
+    run("qemu-img", "compare", "-q", "diff.qcow2", "now.img")
+    with CowDisk("base.img", overlay="diff.qcow2") as again:
+        assert again.pread(again.size, 0)[: disk.size] == disk.pread(disk.size, 0)
+
+
+def test_an_image_without_a_place_for_that_does_without_unless_it_is_asked_for(disk: CowDisk) -> None:
+    disk.diff("old.qcow2", image_options={"version": "v2"})
+    run("qemu-img", "compare", "-q", "old.qcow2", "now.img")
+    with pytest.raises(UsageError, match="has no place for who its base is"):
+        disk.diff("old.qcow2", image_options={"version": "v2"}, hash="sampled")
+    with pytest.raises(UsageError, match="'qed' has no place for who the base is"):
+        disk.diff("image", format="qed", hash="full")

@@ -11,7 +11,7 @@ import pytest
 
 from cowkit import CowDisk
 from cowkit.disk import Kind
-from cowkit.server.transmission import Transmission
+from cowkit.server.requests import Requests
 
 GIB = 1 << 30
 QEMU_IO = os.environ.get("COWKIT_TEST_QEMU_IO") or shutil.which("qemu-io")
@@ -34,9 +34,9 @@ def test_qemu_zeroes_8_gib_and_asks_for_the_status_of_32_gib_in_one_request_each
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[tuple[int, int, int]] = []
-    carry_out = Transmission._carry_out
+    carry_out = Requests.carry_out
 
-    def note(self: Transmission, payload: memoryview, flags: int, command: int, cookie: int, *rest: object) -> None:
+    def note(self: Requests, payload: memoryview, flags: int, command: int, cookie: int, *rest: object) -> None:
         offset, length = rest[:2]
         assert isinstance(offset, int)
         assert isinstance(length, int)
@@ -44,7 +44,7 @@ def test_qemu_zeroes_8_gib_and_asks_for_the_status_of_32_gib_in_one_request_each
         seen.append((command, offset, length))
         carry_out(self, payload, flags, command, cookie, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Transmission, "_carry_out", note)
+    monkeypatch.setattr(Requests, "carry_out", note)
     with CowDisk(size="32G") as disk:
         disk.pwrite(b"x" * 65536, 8 * GIB)
         commands = [word for each in ("write -z -n 1G 8G", "read -P 0 8G 64k", "map") for word in ("-c", each)]

@@ -202,7 +202,7 @@ def test_a_reply_has_so_many_extents_at_most_and_the_client_asks_on(
     monkeypatch: pytest.MonkeyPatch, dialect: DialectName
 ) -> None:
     assert MOST_DESCRIPTORS <= 2**20
-    monkeypatch.setattr("cowkit.server.transmission.MOST_DESCRIPTORS", 100)
+    monkeypatch.setattr("cowkit.server.requests.MOST_DESCRIPTORS", 100)
     with serving(1000 * BLOCK) as server, RawClient(where(server)) as client:
         for block in range(0, 1000, 2):
             server.disk.pwrite(b"x", block * BLOCK)

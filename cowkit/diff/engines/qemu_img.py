@@ -19,10 +19,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 from cowkit.bases.qemu_nbd import QEMU_UTILS
 from cowkit.diff.changed import Changes
-from cowkit.diff.engine import Filled, Order, Progress
+from cowkit.diff.engine import Filled, Order
+from cowkit.diff.engines.finishing import finish
 from cowkit.diff.engines.link import linked
 from cowkit.diff.engines.program import Program
 from cowkit.diff.engines.sources import Readable, Sources
+from cowkit.diff.identity import Progress
 from cowkit.diff.options import EngineName
 from cowkit.diff.output import AtomicOutput
 from cowkit.errors import OutputError, ToolFailedError
@@ -52,8 +54,7 @@ class QemuImg:
                 recipe.whole()
             else:
                 recipe.difference()
-        if order.options.is_raw:
-            output.truncate(size)  # qemu-img counts in sectors
+        finish(order, output)
         last_tell = None if order.progress is None else _told_to_the_end(order.progress, size)
         changes = Changes(order.view, order.shape.grain, last_tell)
         for _ in changes:

@@ -16,6 +16,7 @@ from contextlib import ExitStack
 
 from cowkit.diff.engine import Filled, Order
 from cowkit.diff.engines.feeding import FeedError
+from cowkit.diff.engines.finishing import finish
 from cowkit.diff.engines.image import Image
 from cowkit.diff.engines.link import linked
 from cowkit.diff.engines.program import Program
@@ -84,8 +85,7 @@ class StorageDaemon:
             except (QmpError, FeedError, ToolFailedError) as error:
                 words = daemon.last_words() if daemon.has_ended() else daemon.readable(str(error))
                 raise OutputError(f"cannot write {output.path}: {_PROGRAM}: {words}") from error
-        if order.options.is_raw:
-            output.truncate(order.view.size)
+        finish(order, output)
         filled.tally.bytes_read += self._sources.bytes_served()
         return filled
 

@@ -30,6 +30,9 @@ class Qcow2Writer:
     compression = 0
     """The index in :data:`cowkit.diff.qcow2.layout.COMPRESSION_TYPES`."""
 
+    identity: bytes | None = None
+    """Who the backing file is, to be put into the header."""
+
     def __init__(
         self, output: AtomicOutput, shape: Geometry, *, backing_file: bytes | None, backing_format: str
     ) -> None:
@@ -44,9 +47,10 @@ class Qcow2Writer:
 
     def add(self, batch: Batch) -> None:
         """Write the clusters of ``batch``; batches come in the disk's order."""
-        host = self.allocate(len(batch.data))
-        if batch.data:
-            self._output.pwrite_meanwhile(batch.data, host)
+        size = batch.size
+        host = self.allocate(size)
+        if size:
+            self._output.pwritev_meanwhile([batch.data] if batch.parts is None else batch.parts, size, host)
         for run in batch.runs:
             host = self._map(run.offset, run.length, run.kind, host)
 
@@ -71,6 +75,7 @@ class Qcow2Writer:
             backing_format=self._backing_format,
             compression=self.compression,
             bitmaps=bitmaps,
+            identity=self.identity,
         )
         self.put(0, head)
         self._output.truncate(self._end)

@@ -6,7 +6,7 @@ import functools
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Concatenate, Literal, ParamSpec, TypeVar
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from cowkit.diff import Compression, DiffReport
     from cowkit.diff.identity import Hash
+    from cowkit.diff.options import EngineName
     from cowkit.hosting.disk import HostedDisk
     from cowkit.hosting.server import DiskServer
     from cowkit.server.server import NbdServer
@@ -300,6 +301,10 @@ class CowDisk:
         standalone: bool = False,
         raw: bool = False,
         hash: Hash | None = None,
+        engine: EngineName | None = None,
+        format: str | None = None,
+        image_options: Mapping[str, str | int | bool] | None = None,
+        secret_file: str | os.PathLike[str] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> DiffReport:
         """Keep what changed: a qcow2 image at ``path`` with the base as its backing file, as of this moment.
@@ -321,12 +326,19 @@ class CowDisk:
         :param raw: write a sparse raw file with all of the disk instead.
         :param hash: what of the base the image records, so that another one is not taken for it: its size and a digest of some
             blocks (``"sampled"``, unless given), or of all its bytes as well (``"full"``), which reads the whole base.
+        :param engine: who writes the image: cowkit itself (``"native"``), qemu-img by create and rebase (``"qemu-img"``), or
+            a QEMU storage daemon (``"qmp"``); cowkit, unless given or only QEMU can.
+        :param format: the image's format as QEMU names it, such as ``"vmdk"``; ``"qcow2"`` unless given. Formats without
+            backing files have all of the disk.
+        :param image_options: QEMU's own options for making an image of that format, such as ``{"encrypt.format": "luks"}``.
+        :param secret_file: the file whose content, to its last byte, is the passphrase of an image that is encrypted.
         :param progress: called now and then with the number of bytes dealt with and of those there are.
         :raises UsageError: the options do not go together, or the base cannot be a backing file (it is compressed, or a part
             of a file), and no other is named.
         :raises CheckpointError: the disk has no such checkpoint, or ``since`` is later than ``at``.
         :raises OutputError: the image cannot be written; an old file at ``path`` is as it was.
         :raises BaseChangedError: the base is not what it was when the disk was opened.
+        :raises MissingToolError: the engine needs a program that is not installed.
         """
         from cowkit.diff import ImageOptions
         from cowkit.keeping.live import States, keep
@@ -335,7 +347,19 @@ class CowDisk:
         return keep(
             self.engine,
             path,
-            options=ImageOptions(cluster_size, subclusters, compress, bitmap, standalone, raw, hash),
+            options=ImageOptions(
+                cluster_size,
+                subclusters,
+                compress,
+                bitmap,
+                standalone,
+                raw,
+                hash,
+                engine,
+                format,
+                image_options,
+                None if secret_file is None else os.fsdecode(secret_file),
+            ),
             states=States(since, at),
             backing_file=backing_file,
             backing_format=backing_format,

@@ -56,6 +56,10 @@ class DiskCommands:
                     "standalone": Argument(bool, required=False),
                     "raw": Argument(bool, required=False),
                     "hash": Argument(str, required=False),
+                    "engine": Argument(str, required=False),
+                    "format": Argument(str, required=False),
+                    "image-options": Argument(dict, required=False),
+                    "secret-file": Argument(str, required=False),
                 },
             ),
         }
@@ -99,7 +103,7 @@ class DiskCommands:
         """
         path, base, base_path = (arguments.get(name) for name in ("path", "base", "base-path"))
         assert path is not None
-        for name in ("path", "base-path"):
+        for name in ("path", "base-path", "secret-file"):
             given = arguments.get(name, "/")
             if not os.path.isabs(given):
                 raise ControlError(
@@ -107,7 +111,10 @@ class DiskCommands:
                 )
         backing_file = arguments.get("backing-file")
         since = arguments.get("since")
+        from cowkit.diff.options import STACKABLE
+
         whole = arguments.get("standalone", False) or arguments.get("raw", False) or since is not None
+        whole = whole or arguments.get("format", "qcow2") not in STACKABLE
         refusal = self._disk.engine.base.backing_refusal
         if backing_file is None and refusal is not None and not whole:
             raise ControlError(refusal)
@@ -130,6 +137,10 @@ class DiskCommands:
             standalone=arguments.get("standalone", False),
             raw=arguments.get("raw", False),
             hash=arguments.get("hash"),
+            engine=arguments.get("engine"),
+            format=arguments.get("format"),
+            image_options=arguments.get("image-options"),
+            secret_file=arguments.get("secret-file"),
             progress=_progress(context),
         )
         return {"report": report.to_json(), "summary": report.summary()}

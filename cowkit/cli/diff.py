@@ -30,6 +30,9 @@ cowkit diff --base disk.img --since monday --backing d1.qcow2 -o d2.qcow2
 cowkit diff --base disk.img -o small.qcow2 --subclusters
 cowkit diff --base disk.img -o alone.qcow2 --no-backing --compress zlib
 cowkit diff --base disk.img -o now.img --raw
+cowkit diff --base disk.img -o diff.qcow2 --engine qemu-img
+cowkit diff --base disk.img -o now.vmdk -O vmdk --image-option subformat=streamOptimized
+cowkit diff --base disk.img -o secret.qcow2 --secret-file key.txt
 qemu-img compare diff.qcow2 disk.img   # what to do with it: any tool that reads qcow2
 """
 
@@ -90,6 +93,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     image.add_argument(
         "--raw", action="store_true", help="write a sparse raw file with all of the disk instead of qcow2"
     )
+    engine = parser.add_argument_group("who writes it (default: cowkit; whatever only QEMU can write: qmp)")
+    engine.add_argument(
+        "--engine",
+        choices=("native", "qemu-img", "qmp"),
+        help="cowkit itself, qemu-img (create and rebase), or a qemu-storage-daemon that is driven over QMP",
+    )
+    engine.add_argument(
+        "-O",
+        "--output-format",
+        dest="format",
+        metavar="FORMAT",
+        help="the image's format as QEMU names it, such as vmdk or qed (default: qcow2)",
+    )
+    engine.add_argument(
+        "--image-option",
+        dest="image_options",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="QEMU's own option for making an image of that format, such as encrypt.format=luks; may be given again",
+    )
+    file_argument(
+        engine.add_argument(
+            "--secret-file",
+            metavar="FILE",
+            help="encrypt the image: the content of FILE, to its last byte, is the passphrase",
+        )
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -114,7 +145,19 @@ def run(arguments: argparse.Namespace) -> int:
 def _kind(arguments: argparse.Namespace) -> dict[str, Any]:
     """The members that say what kind of image is asked for."""
     asked: dict[str, Any] = {}
-    for name in ("since", "at", "backing_format", "subclusters", "compress", "bitmap", "standalone", "raw", "hash"):
+    for name in (
+        "since",
+        "at",
+        "backing_format",
+        "subclusters",
+        "compress",
+        "bitmap",
+        "standalone",
+        "raw",
+        "hash",
+        "engine",
+        "format",
+    ):
         value = getattr(arguments, name)
         if value is not None and value is not False:
             asked[name.replace("_", "-")] = value
@@ -122,7 +165,26 @@ def _kind(arguments: argparse.Namespace) -> dict[str, Any]:
         from cowkit.disk.sizes import parse_size  # the engine, for those who need it
 
         asked["cluster-size"] = parse_size(arguments.cluster_size, what="cluster size")
+    if arguments.image_options:
+        asked["image-options"] = _by_key(arguments.image_options)
+    if arguments.secret_file is not None:
+        asked["secret-file"] = os.path.abspath(arguments.secret_file)
     return asked
+
+
+def _by_key(options: list[str]) -> dict[str, str]:
+    """KEY=VALUE, each of them once."""
+    from cowkit.errors import UsageError
+
+    found: dict[str, str] = {}
+    for each in options:
+        key, equals, value = each.partition("=")
+        if not key or not equals:
+            raise UsageError(f"--image-option takes KEY=VALUE, not {each!r}")
+        if key in found:
+            raise UsageError(f"--image-option {key} is given twice")
+        found[key] = value
+    return found
 
 
 def _as_json(report: dict[str, Any]) -> str:

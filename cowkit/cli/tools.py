@@ -29,12 +29,14 @@ _SHORT = ("-V",)
 
 TOOLS = (
     Tool("nbd", "being an NBD client from Python (libnbd's binding)", (), "python3-libnbd", "python3-libnbd"),
-    Tool("qemu-img", "checking, comparing and converting differences", _LONG, "qemu-utils", "qemu-img"),
+    Tool(
+        "qemu-img", "checking, comparing and writing differences (--engine qemu-img)", _LONG, "qemu-utils", "qemu-img"
+    ),
     Tool("qemu-io", "reading and writing a served disk by hand", _LONG, "qemu-utils", "qemu-img"),
     Tool("qemu-nbd", "serving a difference, or attaching a disk to /dev/nbd0", _LONG, "qemu-utils", "qemu-img"),
     Tool(
         "qemu-storage-daemon",
-        "what cowkit's QMP and storage are measured against",
+        "writing differences in all of QEMU's formats (--engine qmp)",
         _LONG,
         "qemu-system-common",
         "qemu-system-core",

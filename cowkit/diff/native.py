@@ -1,4 +1,4 @@
-"""Writes the difference of a disk to an image without any other program."""
+"""Writes the difference of a disk to an image: without any other program, unless another engine is given."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 from cowkit.diff.batch import Batch
 from cowkit.diff.changed import Changes
+from cowkit.diff.engine import Engine, Filled, Order
 from cowkit.diff.identity import BaseIdentity, Progress, identify, sampled_bytes
-from cowkit.diff.options import ImageOptions
+from cowkit.diff.options import EngineName, ImageOptions
 from cowkit.diff.output import AtomicOutput
 from cowkit.diff.qcow2.bitmap_writer import add_bitmap, granularity_for
 from cowkit.diff.qcow2.header import backing_chain
@@ -40,6 +41,7 @@ def write_diff(
     backing_format: str = "raw",
     progress: Callable[[int, int], None] | None = None,
     options: ImageOptions = DEFAULTS,
+    engine: Engine | None = None,
 ) -> DiffReport:
     """Write what differs between ``view`` and its base to an image at ``path``, all at once or not at all.
 
@@ -51,52 +53,38 @@ def write_diff(
     :param progress: called with the dirty bytes dealt with and those there are in all, about 200 times; what it raises
         ends the writing.
     :param options: the kind of image; qcow2 version 3 with clusters of 64 KiB unless given.
+    :param engine: who writes it: cowkit itself, unless given.
     :raises UsageError: the options make no sense, the disk is too large for them, or ``backing_file`` does not fit the disk.
     :raises OutputError: the image cannot be written; an old file at ``path`` is as it was.
     :raises BaseChangedError: the base is not what it was when the disk was opened; an old file is as it was.
     """
     begun = time.perf_counter()
+    engine = engine or NATIVE
     options.check()
     shape = geometry(view.size, options.cluster, subclusters=options.subclusters)
+    if options.bitmap is not None and not view.size:
+        raise UsageError("an empty disk has nothing for a bitmap to mark, and QEMU refuses such an image: leave it out")
     if backing_file is None and not options.has_all and (view.base.path or view.base.given):
         raise UsageError(f"a difference to {view.base.given} needs a name for it: give backing_file")
     if backing_file is not None and options.has_all:
         raise UsageError(f"an image with all of the disk has no backing file: leave out {backing_file}")
-    name = _checked(backing_file) if backing_file is not None else None
+    if backing_file is not None:
+        _checked(backing_file)
     check_format_name(backing_format)
     view.base.verify_path()
     with _base_blamed(view.base), AtomicOutput(path, spare=_spared(view.base, path, backing_file)) as output:
         identity = None
-        if backing_file is not None:
+        if backing_file is not None and options.kind == "qcow2":
             identity, progress = identity_of(view, full=options.hash == "full", progress=progress)
-        # The other kinds of image must see their content, or have it where it belongs.
-        plain = not (options.has_all or options.subclusters or options.compress)
-        changes = Changes(view, shape.grain, progress, in_parts=plain)
-        found: Iterable[Batch] = Whole(view, changes, shape.grain) if options.has_all else changes
-        batches = _one_at_a_time(found, output)
-        if options.raw:
-            raw = RawWriter(output, view.size)
-            for batch in batches:
-                raw.add(batch)
-            raw.finish()
-        else:
-            with _writer(output, shape, name, backing_format, options) as writer:
-                writer.identity = identity and identity.to_bytes()
-                for batch in batches:
-                    writer.add(batch)
-                bitmaps = None
-                if options.bitmap is not None:
-                    granularity = granularity_for(view.size, view.block_size)
-                    bitmaps = add_bitmap(writer, options.bitmap, view.dirty_extents(), granularity)
-                writer.finish(bitmaps)
+        filled = engine.fill(Order(view, shape, backing_file, backing_format, options, identity, progress), output)
         view.base.verify_path()
-    tally = changes.tally
+    tally = filled.tally
     changed_bytes, changed_extents, zeroed_bytes, zeroed_extents = amounts(tally.changed)
     return DiffReport(
         path=os.fspath(path),
         backing_file=backing_file,
         backing_format=backing_format if backing_file is not None else None,
-        virtual_size=view.size if options.raw else shape.size,
+        virtual_size=filled.virtual_size,
         cluster_size=shape.cluster_size,
         dirty_bytes=tally.dirty_bytes,
         dirty_extents=tally.dirty_extents,
@@ -108,7 +96,44 @@ def write_diff(
         bytes_written=output.bytes_written,
         seconds=time.perf_counter() - begun,
         changed=tuple(tally.changed),
+        engine=engine.name,
+        format=options.kind,
     )
+
+
+class Native:
+    """Writes images without any other program."""
+
+    name: EngineName = "native"
+
+    def fill(self, order: Order, output: AtomicOutput) -> Filled:
+        """See :meth:`cowkit.diff.engine.Engine.fill`."""
+        view, shape, options = order.view, order.shape, order.options
+        name = None if order.backing_file is None else _checked(order.backing_file)
+        # The other kinds of image must see their content, or have it where it belongs.
+        plain = not (options.has_all or options.subclusters or options.compress)
+        changes = Changes(view, shape.grain, order.progress, in_parts=plain)
+        found: Iterable[Batch] = Whole(view, changes, shape.grain) if options.has_all else changes
+        batches = _one_at_a_time(found, output)
+        if options.is_raw:
+            raw = RawWriter(output, view.size)
+            for batch in batches:
+                raw.add(batch)
+            raw.finish()
+            return Filled(changes.tally, view.size)
+        with _writer(output, shape, name, order.backing_format, options) as writer:
+            writer.identity = order.identity and order.identity.to_bytes()
+            for batch in batches:
+                writer.add(batch)
+            bitmaps = None
+            if options.bitmap is not None:
+                granularity = granularity_for(view.size, view.block_size)
+                bitmaps = add_bitmap(writer, options.bitmap, view.dirty_extents(), granularity)
+            writer.finish(bitmaps)
+        return Filled(changes.tally, shape.size)
+
+
+NATIVE: Engine = Native()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, NamedTuple, get_args
 
 from cowkit.diff.identity import Hash
@@ -11,6 +12,19 @@ from cowkit.disk.sizes import parse_size
 from cowkit.errors import UsageError
 
 Compression = Literal["zlib", "zstd"]
+
+EngineName = Literal["native", "qemu-img", "qmp"]
+"""Who writes the image: cowkit, qemu-img, or a QEMU storage daemon that is driven by QMP."""
+
+STACKABLE = frozenset({"qcow2", "qed"})
+"""Formats whose images have the name and the format of a backing file in them, and so can be differences."""
+
+_OF_QCOW2 = ("cluster_size", "subclusters", "compress", "bitmap")
+
+_OURS = ("backing-file", "backing-fmt", "data-file", "driver", "extents", "file", "size")
+"""QEMU's options for making an image that are not for users to choose."""
+_SAID_OTHERWISE = {"cluster-size": "cluster size", "extended-l2": "subclusters"}
+"""QEMU's options for qcow2 that cowkit has options of its own for."""
 
 
 class ImageOptions(NamedTuple):
@@ -30,11 +44,47 @@ class ImageOptions(NamedTuple):
     """Write a raw file with all of the disk instead of qcow2."""
     hash: Hash | None = None
     """What of the base its identity is made of: some blocks (``"sampled"``, unless given), or all of it as well (``"full"``)."""
+    engine: EngineName | None = None
+    """Who writes the image; cowkit itself, unless given or only QEMU can."""
+    format: str | None = None
+    """The image's format as QEMU names it; qcow2 unless given."""
+    image_options: Mapping[str, str | int | bool] | None = None
+    """QEMU's options for making an image of that format, such as ``{"encrypt.format": "luks"}``."""
+    secret_file: str | None = None
+    """The file whose content is the image's passphrase, with no newline behind it."""
 
     @property
     def has_all(self) -> bool:
         """Whether the image needs no base."""
-        return self.standalone or self.raw
+        return self.standalone or self.kind not in STACKABLE
+
+    @property
+    def kind(self) -> str:
+        """The image's format as QEMU names it."""
+        if self.format is not None:
+            return self.format
+        return "raw" if self.raw else "qcow2"
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether it is a raw file."""
+        return self.kind == "raw"
+
+    @property
+    def needs_qemu(self) -> str | None:
+        """What of the image only the engine qmp can write, in words; None where each engine can."""
+        if self.kind not in ("raw", "qcow2"):
+            return f"the format {self.kind!r}"
+        if self.image_options:
+            return f"the image option {next(iter(self.image_options))!r}"
+        return "a secret file" if self.secret_file is not None else None
+
+    @property
+    def chosen_engine(self) -> EngineName:
+        """Who is to write the image."""
+        if self.engine is not None:
+            return self.engine
+        return "native" if self.needs_qemu is None else "qmp"
 
     @property
     def cluster(self) -> int:
@@ -48,17 +98,20 @@ class ImageOptions(NamedTuple):
 
         :raises UsageError: they do not, or one of them makes no sense.
         """
-        if self.raw:
-            wrong = [name for name in ("cluster_size", "subclusters", "compress", "bitmap") if getattr(self, name)]
+        if self.is_raw:
+            wrong = [name for name in (*_OF_QCOW2, "image_options", "secret_file") if getattr(self, name)]
             if wrong:
                 words = " and ".join(name.replace("_", " ") for name in wrong)
                 raise UsageError(f"a raw file has no {words}: leave that out, or raw")
         if self.hash is not None and self.hash not in get_args(Hash):
             raise UsageError(f"hash is 'sampled' or 'full', not {self.hash!r}")
+        if self.hash is not None and self.kind == "qed":
+            raise UsageError("the format 'qed' has no place for who the base is: leave out hash")
         if self.hash is not None and self.has_all:
             raise UsageError(
                 "an image with all of the disk needs no base: leave out hash, which tells its base from others"
             )
+        self._check_engine()
         if self.compress is not None and self.compress not in get_args(Compression):
             raise UsageError(f"compress is 'zlib' or 'zstd', not {self.compress!r}")
         if self.compress is not None and self.subclusters:
@@ -66,3 +119,26 @@ class ImageOptions(NamedTuple):
         if self.bitmap is not None:
             check_bitmap_name(self.bitmap)
         self.cluster  # noqa: B018 - it refuses what is none
+
+    def _check_engine(self) -> None:
+        if self.engine is not None and self.engine not in get_args(EngineName):
+            raise UsageError(f"engine is 'native', 'qemu-img' or 'qmp', not {self.engine!r}")
+        if self.format is not None and self.raw and not self.is_raw:
+            raise UsageError(f"a raw file is not of the format {self.format!r}: leave out one of the two")
+        if self.needs_qemu is not None and self.engine in ("native", "qemu-img"):
+            raise UsageError(f"the engine {self.engine} cannot write {self.needs_qemu}: the engine qmp can")
+        if self.engine == "qemu-img" and self.bitmap is not None:
+            raise UsageError("the engine qemu-img cannot put in a bitmap: the engines native and qmp can")
+        if self.kind not in ("raw", "qcow2"):
+            wrong = [name for name in _OF_QCOW2 if getattr(self, name)]
+            if wrong:
+                words = " and ".join(name.replace("_", " ") for name in wrong)
+                raise UsageError(f"{words}: for the format qcow2, not for {self.kind!r}, which may have image options")
+        for key, value in (self.image_options or {}).items():
+            if not isinstance(value, str | int):  # a bool is an int
+                raise UsageError(f"the image option {key!r} is a string, a number, true or false, not {value!r}")
+            plain = key.replace("_", "-") if isinstance(key, str) else key
+            if plain in _OURS:
+                raise UsageError(f"the image option {key!r} is cowkit's own to choose: leave it out")
+            if self.kind == "qcow2" and plain in _SAID_OTHERWISE:
+                raise UsageError(f"the image option {key!r} is called {_SAID_OTHERWISE[plain]} here: give that instead")

@@ -71,6 +71,20 @@ class AtomicOutput:
             raise
         return self
 
+    @property
+    def target(self) -> str:
+        """The absolute path of the file that is going to be there, symbolic links resolved."""
+        return self._target
+
+    @property
+    def temporary(self) -> str:
+        """Where the file is meanwhile: for other programs to write to, who must not replace it by another one."""
+        return self._temporary
+
+    def count_allocated(self) -> None:
+        """Have ``bytes_written`` say what the file takes on its disk: nobody tells what other programs wrote."""
+        self.bytes_written = os.fstat(self._fd).st_blocks * 512
+
     def check(self) -> None:
         """Look whether it could be written, without writing.
 

@@ -37,12 +37,17 @@ class DiffReport(NamedTuple):
     """The part of what is changed that reads as zeroes now."""
     zeroed_extents: int
     bytes_read: int
-    """From the base and from what was written; at most 256 KiB of it to recognise the base by."""
+    """From the base and from what was written; at most 256 KiB of it to recognise the base by. What QEMU's programs read of
+    the base's own file they do not tell."""
     bytes_written: int
-    """To the image; holes of its file are not counted."""
+    """To the image; holes of its file are not counted. What QEMU's programs wrote: the room that the file takes."""
     seconds: float
     changed: tuple[Extent, ...]
     """What differs, in order: ``ZERO`` where it reads as zeroes now, ``DATA`` elsewhere."""
+    engine: str = "native"
+    """Who wrote the image."""
+    format: str = "qcow2"
+    """The image's format as QEMU names it."""
 
     @property
     def identical_bytes(self) -> int:
@@ -68,6 +73,8 @@ class DiffReport(NamedTuple):
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
             "seconds": round(self.seconds, 6),
+            "engine": self.engine,
+            "format": self.format,
             "changed": [{"offset": e.offset, "length": e.length, "kind": str(e.kind)} for e in self.changed],
         }
 

@@ -3,10 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 from cowkit.disk.base import Base
-from cowkit.disk.checkpoint import FrozenView
 from cowkit.disk.extent import Extent, Kind, merged
+
+
+class Shown(Protocol):
+    """A disk at one moment, such as a :class:`cowkit.disk.FrozenView`."""
+
+    @property
+    def base(self) -> Base:
+        """What the disk is based on."""
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` from ``offset`` on."""
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        """The range as ``DATA``, and what reads as zeroes as ``ZERO`` or ``HOLE``."""
+
+    def close(self) -> None:
+        """Let go of what the view needs; may be called again."""
 
 
 class ViewBase(Base):
@@ -17,7 +38,7 @@ class ViewBase(Base):
 
     sparse = True
 
-    def __init__(self, view: FrozenView, what: str) -> None:
+    def __init__(self, view: Shown, what: str) -> None:
         super().__init__()
         self.shown = view
         self.size = view.size

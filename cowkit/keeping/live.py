@@ -12,6 +12,7 @@ from cowkit.diff.view import Increment, View
 from cowkit.disk import Checkpoint, Disk
 from cowkit.errors import OutputError
 from cowkit.keeping.backing import choose_backing
+from cowkit.keeping.engines import engine_for
 
 Point = Checkpoint | str
 
@@ -44,14 +45,16 @@ def keep(
     with closing(view_of(disk, states)) as view:
         since = states.since is not None
         backing = choose_backing(view.base, path, backing_file, backing_format, options, kept=since)
-        return write_diff(
-            view,
-            path,
-            backing_file=backing.name,
-            backing_format=backing.format,
-            progress=progress,
-            options=options,
-        )
+        with engine_for(view, options) as engine:
+            return write_diff(
+                view,
+                path,
+                backing_file=backing.name,
+                backing_format=backing.format,
+                progress=progress,
+                options=options,
+                engine=engine,
+            )
 
 
 def view_of(disk: Disk, states: States) -> View:

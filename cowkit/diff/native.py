@@ -38,6 +38,7 @@ def write_diff(
     backing_format: str = "raw",
     progress: Callable[[int, int], None] | None = None,
     options: ImageOptions = DEFAULTS,
+    spare: Iterable[str] = (),
 ) -> DiffReport:
     """Write what differs between ``view`` and its base to an image at ``path``, all at once or not at all.
 
@@ -49,6 +50,7 @@ def write_diff(
     :param progress: called with the dirty bytes dealt with and those there are in all, about 200 times; what it raises
         ends the writing.
     :param options: the kind of image; qcow2 version 3 with clusters of 64 KiB unless given.
+    :param spare: files that ``path`` must not be, beside those that the image stands on.
     :raises UsageError: the options make no sense, the disk is too large for them, or ``backing_file`` does not fit the disk.
     :raises OutputError: the image cannot be written; an old file at ``path`` is as it was.
     :raises BaseChangedError: the base is not what it was when the disk was opened; an old file is as it was.
@@ -63,7 +65,7 @@ def write_diff(
     name = _checked(backing_file) if backing_file is not None else None
     check_format_name(backing_format)
     view.base.verify_path()
-    with AtomicOutput(path, spare=_spared(view.base, path, backing_file)) as output:
+    with AtomicOutput(path, spare=[*_spared(view.base, path, backing_file), *spare]) as output:
         changes = Changes(view, shape.grain, progress)
         found: Iterable[Batch] = Whole(view, changes, shape.grain) if options.has_all else changes
         batches = _one_at_a_time(found, output)

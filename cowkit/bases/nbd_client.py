@@ -107,6 +107,7 @@ class NbdClient:
         try:
             for context in (self._nbd.CONTEXT_BASE_ALLOCATION, *self._contexts):
                 handle.add_meta_context(context)
+            handle.set_pread_initialize(False)  # libnbd itself fails a read that was answered in part
             self._connect(handle)
             deadline = time.monotonic() + seconds
             while handle.aio_is_connecting():
@@ -167,18 +168,29 @@ class NbdClient:
         :raises BaseError: the server fails to read, or has gone.
         """
         end = offset + len(buffer)
+        # Ctrl-C reaches the main thread, and would leave a request under way whose memory is somebody else's by then.
+        may_read_straight = threading.current_thread() is not threading.main_thread()
         with self._borrowed() as handle:
             while buffer:
                 start = offset - offset % self._align
                 stop = min(-(-end // self._align) * self._align, self.size, start + self._largest)
+                length = min(stop, end) - offset
                 try:
-                    data = handle.pread(stop - start, start)
+                    if may_read_straight and start == offset and stop <= end:
+                        self._read_straight(handle, buffer[:length], offset)
+                    else:
+                        data = handle.pread(stop - start, start)
+                        buffer[:length] = memoryview(data)[offset - start : offset - start + length]
                 except self._nbd.Error as error:
                     raise self._failed(handle, offset, error) from error
-                length = min(stop, end) - offset
-                buffer[:length] = memoryview(data)[offset - start : offset - start + length]
                 buffer = buffer[length:]
                 offset += length
+
+    def _read_straight(self, handle: Any, buffer: memoryview, offset: int) -> None:
+        """As libnbd's pread(), into memory that is there already."""
+        request = handle.aio_pread(self._nbd.Buffer.from_buffer(buffer), offset)
+        while not handle.aio_command_completed(request):
+            handle.poll(-1)
 
     def _failed(self, handle: Any, offset: int, error: Exception) -> BaseError:
         if handle.aio_is_ready():
@@ -278,7 +290,9 @@ class NbdClient:
         except self._nbd.Error as error:
             raise self._failed(handle, start, error) from error
         if sum(runs[::2]) < self._align:
-            raise BaseError(f"cannot read base {self.given} at byte {start}: the server tells nothing of {context} there")
+            raise BaseError(
+                f"cannot read base {self.given} at byte {start}: the server tells nothing of {context} there"
+            )
         return runs
 
     def offered(self) -> list[str]:

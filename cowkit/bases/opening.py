@@ -99,9 +99,7 @@ def _open_whole(
     return base
 
 
-def _decoded(
-    file: FileBase, format: str, tmpdir: str | os.PathLike[str] | None, contexts: Sequence[str]
-) -> Base:
+def _decoded(file: FileBase, format: str, tmpdir: str | os.PathLike[str] | None, contexts: Sequence[str]) -> Base:
     if format == "raw":
         return file
     if format in COMPRESSED:

@@ -103,7 +103,7 @@ class ForeignView:
             return
         found: list[Extent] = []
         workers = min(_MOST_WORKERS, max(2, os.cpu_count() or 1))
-        self._comparing = InOrder(self._pieces(), self._compare, workers=workers, ahead=3 * workers)
+        self._comparing = InOrder(self._pieces(), self._compare, workers=workers, ahead=2 * workers)
         for compared in self._comparing:
             self.bytes_read += compared.bytes_read
             if compared.memory is not None:

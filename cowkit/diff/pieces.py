@@ -11,8 +11,8 @@ from cowkit.disk import Base, Kind
 BLOCK = 4096
 """The unit in which two sources are compared, in bytes."""
 
-PIECE = 512 << 10
-"""The most that is compared at once: measured, both sides of it together stay in a processor's cache."""
+PIECE = 1 << 20
+"""The most that is compared at once: measured with nbdkit on a Unix socket, where 512 KiB and 2 MiB took longer."""
 
 _SHORT = 64 << 10
 """Holes, and ranges in between that cannot differ, of fewer bytes are read like the data beside them: a piece more costs more."""
@@ -112,7 +112,7 @@ def _together(now: Iterator[tuple[int, bool]], base: Iterator[tuple[int, bool]],
             now_end, now_hole = next(now, (stop, False))
         if base_end == stop:
             base_end, base_hole = next(base, (stop, False))
-        if now_end == stop or base_end == stop:
+        if stop in (now_end, base_end):
             return
 
 

@@ -45,6 +45,13 @@ class _Compared(NamedTuple):
     """Both sides, where they differ."""
 
 
+class _Kept(NamedTuple):
+    """A piece that differs, with both sides."""
+
+    piece: Piece
+    memory: _Memory
+
+
 class ForeignView:
     """``now`` and ``base``, compared; a :class:`cowkit.diff.view.View`, which lets go of both when it is closed.
 
@@ -75,7 +82,7 @@ class ForeignView:
         self._found: list[Extent] | None = None
         """All that differs, once it is known."""
         self._spare: list[_Memory] = []
-        self._recent: deque[_Compared] = deque()
+        self._recent: deque[_Kept] = deque()
         self._comparing: InOrder[Piece, _Compared] | None = None
         self._closed = False
 
@@ -107,7 +114,7 @@ class ForeignView:
         for compared in self._comparing:
             self.bytes_read += compared.bytes_read
             if compared.memory is not None:
-                self._keep(compared)
+                self._keep(compared.piece, compared.memory)
             for extent in compared.differing:
                 found.append(extent)
                 yield extent
@@ -130,25 +137,27 @@ class ForeignView:
 
         :raises BaseError: it cannot be read.
         """
-        end = offset + len(buffer)
-        for piece, _, _, memory in self._recent:
-            if piece.offset <= offset and end <= piece.end and not piece.now_is_zero and memory is not None:
-                buffer[:] = memory.now_view[offset - piece.offset : end - piece.offset]
-                return
-        self._read_now(buffer, offset)
-        self.bytes_read += len(buffer)
+        while buffer and (kept := self._kept(offset)) and not kept.piece.now_is_zero:
+            at = offset - kept.piece.offset
+            part = kept.memory.now_view[at : min(at + len(buffer), kept.piece.length)]
+            buffer[: len(part)] = part
+            buffer, offset = buffer[len(part) :], offset + len(part)
+        if buffer:
+            self._read_now(buffer, offset)
+            self.bytes_read += len(buffer)
 
     def read_base_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer`` with what ``base`` has, and zeroes beyond its end.
 
         :raises BaseError: it cannot be read.
         """
-        end = offset + len(buffer)
-        for piece, _, _, memory in self._recent:
-            if piece.offset <= offset and end <= piece.end and not piece.base_is_zero and memory is not None:
-                buffer[:] = memory.base_view[offset - piece.offset : end - piece.offset]
-                return
-        self.bytes_read += self._read_base(buffer, offset)
+        while buffer and (kept := self._kept(offset)) and not kept.piece.base_is_zero:
+            at = offset - kept.piece.offset
+            part = kept.memory.base_view[at : min(at + len(buffer), kept.piece.length)]
+            buffer[: len(part)] = part
+            buffer, offset = buffer[len(part) :], offset + len(part)
+        if buffer:
+            self.bytes_read += self._read_base(buffer, offset)
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """``now``'s data and holes, where a hole is ``ZERO`` if ``base`` has, or may have, data there.
@@ -218,12 +227,17 @@ class ForeignView:
             buffer[inside:] = bytes(len(buffer) - inside)
         return inside
 
-    def _keep(self, compared: _Compared) -> None:
+    def _keep(self, piece: Piece, memory: _Memory) -> None:
         if len(self._recent) == _RECENT:
-            memory = self._recent.popleft().memory
-            assert memory is not None
-            self._spare.append(memory)
-        self._recent.append(compared)
+            self._spare.append(self._recent.popleft().memory)
+        self._recent.append(_Kept(piece, memory))
+
+    def _kept(self, offset: int) -> _Kept | None:
+        """The piece that ``offset`` lies in, if it is still there."""
+        for kept in self._recent:
+            if kept.piece.offset <= offset < kept.piece.end:
+                return kept
+        return None
 
     def _tell(self, done: int) -> None:
         if self._progress is not None and (done - self._told) * _STEPS >= self.size:

@@ -83,6 +83,9 @@ class NbdClient:
         self._idle = [first]
         try:
             self.size: int = first.get_size()
+            if self.size < 0:  # libnbd's number is signed, the protocol's is not
+                self.close()
+                raise BaseOpenError(f"cannot open base {given}: its size is over 2**63 - 1 bytes")
             self.has_status: bool = first.can_meta_context(self._nbd.CONTEXT_BASE_ALLOCATION)
             self.contexts = frozenset(name for name in self._contexts if first.can_meta_context(name))
             """Those of ``contexts`` that the server has."""
@@ -90,6 +93,7 @@ class NbdClient:
             self._align = max(1, first.get_block_size(self._nbd.SIZE_MINIMUM))
             largest = min(first.get_block_size(self._nbd.SIZE_MAXIMUM) or _LARGEST_READ, _LARGEST_READ)
         except self._nbd.Error as error:
+            self.close()
             raise BaseOpenError(f"cannot open base {given}: {_reason(error)}") from error
         self._largest = max(largest - largest % self._align, self._align)
         self._most = MOST_CONNECTIONS if self.can_multi_conn else 1
@@ -107,7 +111,6 @@ class NbdClient:
         try:
             for context in (self._nbd.CONTEXT_BASE_ALLOCATION, *self._contexts):
                 handle.add_meta_context(context)
-            handle.set_pread_initialize(False)  # libnbd itself fails a read that was answered in part
             self._connect(handle)
             deadline = time.monotonic() + seconds
             while handle.aio_is_connecting():
@@ -187,8 +190,10 @@ class NbdClient:
                 offset += length
 
     def _read_straight(self, handle: Any, buffer: memoryview, offset: int) -> None:
-        """As libnbd's pread(), into memory that is there already."""
+        """As libnbd's pread(), into memory that is there already, and that needs no zeroes first: it holds nobody else's bytes."""
+        handle.set_pread_initialize(False)
         request = handle.aio_pread(self._nbd.Buffer.from_buffer(buffer), offset)
+        handle.set_pread_initialize(True)
         while not handle.aio_command_completed(request):
             handle.poll(-1)
 

@@ -42,7 +42,7 @@ def test_no_item_is_taken_that_is_too_far_ahead() -> None:
 
 @pytest.mark.parametrize("workers", [1, 4])
 def test_no_items_are_no_results(workers: int) -> None:
-    doing = InOrder(iter([]), lambda item: item, workers=workers, ahead=2)
+    doing: InOrder[int, int] = InOrder(iter([]), lambda item: item, workers=workers, ahead=2)
     assert list(doing) == []
     doing.stop()
 

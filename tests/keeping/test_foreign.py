@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import cowkit
 from cowkit.diff import ImageOptions
 from cowkit.disk import Kind
 from cowkit.errors import BaseOpenError, OutputError, UsageError
@@ -334,3 +335,14 @@ def test_formats_in_doubt_are_asked_for(base: Path, output: Path, tmp_path: Path
     with pytest.raises(BaseOpenError, match=r"^base .*image begins like .* \(--format qcow2, --format raw\)"):
         keep(base, image, output)
     assert keep(base, image, output, base_format="qcow2").changed_bytes == 0
+
+
+def test_the_function_for_users_is_the_same(base: Path, output: Path, tmp_path: Path) -> None:
+    image = overlay(tmp_path / "overlay.qcow2", base)
+    write_to_image(image, {MIB: 5000})
+    told: list[tuple[int, int]] = []
+    report = cowkit.diff_images(
+        image, base, output, cluster_size="4K", now_format="qcow2", progress=lambda *step: told.append(step)
+    )
+    assert (report.cluster_size, report.changed_bytes, told[-1]) == (4096, 8192, (SIZE, SIZE))
+    same(output, image)

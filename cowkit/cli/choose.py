@@ -28,9 +28,9 @@ def add_choice(parser: argparse.ArgumentParser, *, source: str = "SERVER", more:
         file_argument(chosen)
 
 
-def matching(source: str) -> list[ServerInfo]:
-    """The running servers that ``source`` names."""
-    return _from(source, running())
+def matching(source: str | None) -> list[ServerInfo]:
+    """The running servers that ``source`` names; all of them without one."""
+    return running() if source is None else _from(source, running())
 
 
 def choose(base: str | None, source: str | None) -> ServerInfo:
@@ -42,12 +42,12 @@ def choose(base: str | None, source: str | None) -> ServerInfo:
     if source is not None:
         found = _from(source, servers)
         if base is not None:
-            found = [server for server in found if _serves(server, base)]
+            found = [server for server in found if serves(server, base)]
             wanted = f"--from {source} with base {base}"
         else:
             wanted = f"--from {source}"
     elif base is not None:
-        found = [server for server in servers if _serves(server, base)]
+        found = [server for server in servers if serves(server, base)]
         wanted = f"base {base}"
     else:
         found = servers
@@ -72,7 +72,7 @@ def _list(servers: list[ServerInfo]) -> str:
     )
 
 
-def _serves(server: ServerInfo, base: str) -> bool:
+def serves(server: ServerInfo, base: str) -> bool:
     """Whether ``base`` is the server's, by identity, or by path: then the server itself says that it was replaced."""
     if server.base is None:
         return False

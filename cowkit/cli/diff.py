@@ -98,9 +98,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Ask the server for the difference, or compare a source that has none."""
-    if foreign.is_foreign(arguments):
-        with _Bar() as bar:
-            kept = foreign.keep(arguments, bar.update)
+    with _Bar() as bar:
+        kept = foreign.keep(arguments, bar.update)
+    if kept is not None:
         return _said(arguments, kept.to_json(), kept.summary())
     server = choose(arguments.base, arguments.source)
     # Not checked here: the server writes it, and knows best

@@ -86,6 +86,30 @@ def test_a_disk_that_cowkit_serves_is_asked_for_what_it_knows(
         assert "--format is for a source that no cowkit serves" in said
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_a_disk_that_cowkit_serves_is_kept_on_top_of_an_earlier_difference(
+    base: Path, tmp_path: Path, serve: Serve, cowkit: Run, named: bool
+) -> None:
+    server = serve("disk.img")
+    write(server.uri, b"one", 4097)
+    assert cowkit("diff", "--base", "disk.img", "-o", "d1.qcow2").returncode == 0
+    assert cowkit("checkpoint", "two", "--base", "disk.img").returncode == 0
+    write(server.uri, b"two", 65536)
+    source = ("--from", server.uri) if named else ()
+    done = cowkit("diff", "--base", "d1.qcow2", *source, "-o", "d2.qcow2", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    report = json.loads(done.stdout)
+    assert [each["offset"] for each in report["changed"]] == [65536]
+    assert (report["backing_file"], report["backing_format"]) == ("d1.qcow2", "qcow2")
+    assert report["bytes_read"] <= 4 * 65536, "what the two differences hold"
+    assert cowkit("diff", "--base", "disk.img", "-o", "all.qcow2").returncode == 0
+    same(tmp_path / "d2.qcow2", tmp_path / "all.qcow2")
+    at = cowkit("diff", "--base", "d1.qcow2", *source, "--at", "two", "-o", "d3.qcow2", "--exit-code")
+    assert (at.returncode, at.stderr) == (0, "")
+    assert sorted(path.name for path in tmp_path.glob("*.qcow2")) == ["all.qcow2", "d1.qcow2", "d2.qcow2", "d3.qcow2"]
+    assert not list(tmp_path.glob(".cowkit*"))
+
+
 def test_what_makes_no_sense_is_one_clear_line(base: Path, tmp_path: Path, serve: Serve, cowkit: Run) -> None:
     def said(*arguments: object) -> str:
         return complaint(cowkit("diff", *arguments, "-o", "d.qcow2"))

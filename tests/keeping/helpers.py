@@ -31,6 +31,7 @@ def write(uri: str, writes: dict[int, bytes | int]) -> None:
     import nbd
 
     client = nbd.NBD()
+    client.set_uri_allow_local_file(True)
     client.connect_uri(uri)
     for offset, data in writes.items():
         if isinstance(data, int) and client.can_zero():

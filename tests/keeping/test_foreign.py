@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -71,6 +72,25 @@ def test_nbdkits_cow_filter_gives_what_rebase_gives(
     assert report.backing_file == str(base)
     assert report.changed_bytes < 300_000
     assert report.dirty_bytes == report.changed_bytes, "what is the same is told before it counts as dirty"
+
+
+@pytest.mark.requires("nbdkit")
+@pytest.mark.parametrize("tcp", [True, False])
+def test_a_server_may_want_tls(base: Path, output: Path, tmp_path: Path, tcp: bool) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("alice:00112233445566778899aabbccddeeff\n")
+    keys.chmod(0o600)
+    arguments = ("--tls=require", f"--tls-psk={keys}", "--filter=cow", "file", base)
+    with nbdkit(*arguments, unix=None if tcp else tmp_path / "s") as (plain, _):
+        place = plain.removeprefix("nbd://") if tcp else ""
+        asked = f"tls-psk-file={keys}" + ("" if tcp else f"&socket={tmp_path}/s")
+        uri = f"nbds{'' if tcp else '+unix'}://alice@{place}/?{asked}"
+        write(uri, CHANGES)
+        keep(uri, base, output)
+        with pytest.raises(BaseOpenError, match=f"^cannot open source {re.escape(plain)}: "):
+            keep(plain, base, output)
+    (tmp_path / "expected").write_bytes(expected(base))
+    same(output, tmp_path / "expected", other_format="raw")
 
 
 def test_qemu_nbds_snapshot_is_compared(base: Path, output: Path, tmp_path: Path) -> None:

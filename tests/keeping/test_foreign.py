@@ -229,6 +229,14 @@ def test_two_overlays_of_one_file_are_compared_where_either_holds_something(
     assert (report.backing_file, report.backing_format) == (str(one), "qcow2")
 
 
+def test_what_an_overlay_is_too_short_for_differs(base: Path, output: Path, tmp_path: Path) -> None:
+    short = overlay(tmp_path / "short.qcow2", base, size=SIZE // 4)
+    report = keep(base, short, output)
+    same(output, base, other_format="raw")
+    assert report.changed_bytes == SIZE // 2, "a quarter is the same, and a quarter is zero in both"
+    assert report.bytes_read <= SIZE // 2 + 65536
+
+
 def test_a_disk_that_was_put_back_is_nothing_on_top_of_its_overlay(base: Path, output: Path, tmp_path: Path) -> None:
     image = overlay(tmp_path / "overlay.qcow2", base)
     write_to_image(image, {MIB: 5000})

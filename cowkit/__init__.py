@@ -7,10 +7,11 @@ if TYPE_CHECKING:
     from cowkit.cow_disk import CowDisk
     from cowkit.disk import Checkpoint, Extent, Kind
     from cowkit.errors import CowkitError
+    from cowkit.keeping.foreign import diff_images
 
 __version__ = "0.1.0"
 
-__all__ = ["Checkpoint", "CowDisk", "CowkitError", "Extent", "Kind", "__version__"]
+__all__ = ["Checkpoint", "CowDisk", "CowkitError", "Extent", "Kind", "__version__", "diff_images"]
 
 
 def __getattr__(name: str) -> object:
@@ -27,6 +28,10 @@ def __getattr__(name: str) -> object:
         import cowkit.disk
 
         return getattr(cowkit.disk, name)
+    if name == "diff_images":
+        from cowkit.keeping.foreign import diff_images
+
+        return diff_images
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import subprocess
-from typing import Any
+from typing import Any, NamedTuple
 
 from cowkit.bases.formats import COMPRESSED, HEAD, detect, format_of_name
 from cowkit.bases.qemu_nbd import QEMU_UTILS, find_program
@@ -25,6 +25,13 @@ _LONGEST = 200
 _PROTOCOL = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 
 
+class Layer(NamedTuple):
+    """One image of a chain: a file, and as what it is read."""
+
+    file: FileBase
+    format: str
+
+
 class Chain:
     """The chain of the image ``file`` of ``format``.
 
@@ -34,6 +41,8 @@ class Chain:
     def __init__(self, file: FileBase, format: str) -> None:
         self.files: list[FileBase] = []
         """The further files, open, for their identity; each to be released."""
+        self.layers = [Layer(file, format)]
+        """The images from the top down, as far as they are local files."""
         self.options = [f"driver={format}", f"file.filename={_escaped(file.path)}"]
         """QEMU's options for the whole chain: the formats that it would have to guess are in them."""
         try:
@@ -74,6 +83,7 @@ class Chain:
             if told is None:
                 told = self._decide(file.given, path, backing)
                 self.options.append(f"{prefix}driver={told}")
+            self.layers.append(Layer(backing, told))
             if told == "raw":
                 return
             path, format = named, told

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cowkit.bases.nbd_client import NbdClient
@@ -38,6 +38,22 @@ class ClientBase(Base):
         """The export's data, and what it says reads as zeroes."""
         return self._client.extents(offset, length)
 
+    @property
+    def contexts(self) -> frozenset[str]:
+        """The further metadata contexts that it was opened with, of which the server tells."""
+        return self._client.contexts
+
+    def offered(self) -> list[str]:
+        """The metadata contexts that the server lists."""
+        return self._client.offered()
+
+    def marks(self, context: str) -> Iterator[tuple[int, int, int]]:
+        """What the server says of all the export in one of :attr:`contexts`: ``(offset, length, value)``, in order.
+
+        :raises BaseError: it does not tell, or has gone.
+        """
+        return self._client.marks(context, 0, self.size)
+
     def verify(self) -> None:
         """Of an export only the size is known, which stays while a connection does."""
 
@@ -52,17 +68,18 @@ class ClientBase(Base):
 class NbdBase(ClientBase):
     """The export of an NBD URI, such as ``nbd://host/export`` or ``nbd+unix:///?socket=/run/sock``.
 
+    :param contexts: metadata contexts to ask for beside ``base:allocation``.
     :raises BaseOpenError: there is no server, it refuses, or the URI is none.
     :raises MissingToolError: libnbd's Python binding is not installed.
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, contexts: Sequence[str] = ()) -> None:
         def connect(handle: Any) -> None:
             # Whoever starts cowkit gives the URI, so it may name a file of keys (tls-psk-file=).
             handle.set_uri_allow_local_file(True)
             handle.aio_connect_uri(uri)
 
-        super().__init__(NbdClient(uri, connect))
+        super().__init__(NbdClient(uri, connect, contexts=contexts))
         self.given = uri
         if not _QEMU_OPENS.match(uri):
             self.backing_refusal = (

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import Any
@@ -18,8 +18,14 @@ from typing import Any
 from cowkit.disk.extent import Extent, Kind, merged
 from cowkit.errors import BaseError, BaseOpenError, MissingToolError
 
+ALLOCATION_DEPTH = "qemu:allocation-depth"
+"""How many images down a byte is allocated: 1 in the topmost, 0 in none."""
+DIRTY_BITMAP = "qemu:dirty-bitmap:"
+"""With the name of a bitmap behind it: 1 where that is set."""
 MOST_CONNECTIONS = 4
 CONNECT_SECONDS = 30.0
+_FURTHER_SECONDS = 2.0
+"""For a connection beside one that works: a server that takes no more of them may leave it waiting."""
 
 _LARGEST_READ = 32 << 20
 """What servers that state no limit can be asked for (doc/proto.md, "Block size constraints")."""
@@ -58,13 +64,17 @@ class NbdClient:
     :param given: what to call it in messages.
     :param connect: begins to connect a libnbd handle (one of its ``aio_connect`` methods).
     :param eager: make all connections now, since ``connect`` cannot be called later.
+    :param contexts: metadata contexts to ask for beside ``base:allocation``; what :meth:`marks` tells of.
     :raises BaseOpenError: there is no server, or it refuses.
     """
 
-    def __init__(self, given: str, connect: Callable[[Any], None], *, eager: bool = False) -> None:
+    def __init__(
+        self, given: str, connect: Callable[[Any], None], *, eager: bool = False, contexts: Sequence[str] = ()
+    ) -> None:
         self.given = given
         self._nbd: Any = import_nbd(f"reading the base {given}")
         self._connect = connect
+        self._contexts = tuple(contexts)
         self._sockets: list[socket.socket] = []
         """Other descriptors of libnbd's sockets, for :meth:`interrupt`."""
         self._changed = threading.Condition()
@@ -73,11 +83,17 @@ class NbdClient:
         self._idle = [first]
         try:
             self.size: int = first.get_size()
+            if self.size < 0:  # libnbd's number is signed, the protocol's is not
+                self.close()
+                raise BaseOpenError(f"cannot open base {given}: its size is over 2**63 - 1 bytes")
             self.has_status: bool = first.can_meta_context(self._nbd.CONTEXT_BASE_ALLOCATION)
+            self.contexts = frozenset(name for name in self._contexts if first.can_meta_context(name))
+            """Those of ``contexts`` that the server has."""
             self.can_multi_conn: bool = first.can_multi_conn()
             self._align = max(1, first.get_block_size(self._nbd.SIZE_MINIMUM))
             largest = min(first.get_block_size(self._nbd.SIZE_MAXIMUM) or _LARGEST_READ, _LARGEST_READ)
         except self._nbd.Error as error:
+            self.close()
             raise BaseOpenError(f"cannot open base {given}: {_reason(error)}") from error
         self._largest = max(largest - largest % self._align, self._align)
         self._most = MOST_CONNECTIONS if self.can_multi_conn else 1
@@ -89,17 +105,19 @@ class NbdClient:
                 self._idle.append(self._kept(self._connection()))
                 self._count += 1
 
-    def _connection(self) -> Any:
+    def _connection(self, patience: float | None = None) -> Any:
         handle = self._nbd.NBD()
+        seconds = CONNECT_SECONDS if patience is None else min(patience, CONNECT_SECONDS)
         try:
-            handle.add_meta_context(self._nbd.CONTEXT_BASE_ALLOCATION)
+            for context in (self._nbd.CONTEXT_BASE_ALLOCATION, *self._contexts):
+                handle.add_meta_context(context)
             self._connect(handle)
-            deadline = time.monotonic() + CONNECT_SECONDS
+            deadline = time.monotonic() + seconds
             while handle.aio_is_connecting():
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise BaseOpenError(
-                        f"cannot open base {self.given}: the server does not answer within {CONNECT_SECONDS:g} seconds"
+                        f"cannot open base {self.given}: the server does not answer within {seconds:g} seconds"
                     )
                 handle.poll(int(left * 1000) + 1)
         except self._nbd.Error as error:
@@ -139,7 +157,7 @@ class NbdClient:
             else:
                 return self._idle.pop()
         try:
-            return self._kept(self._connection())
+            return self._kept(self._connection(_FURTHER_SECONDS))
         except BaseOpenError:
             # The server takes no more, or has gone: the next request on the others will tell.
             with self._changed:
@@ -153,18 +171,31 @@ class NbdClient:
         :raises BaseError: the server fails to read, or has gone.
         """
         end = offset + len(buffer)
+        # Ctrl-C reaches the main thread, and would leave a request under way whose memory is somebody else's by then.
+        may_read_straight = threading.current_thread() is not threading.main_thread()
         with self._borrowed() as handle:
             while buffer:
                 start = offset - offset % self._align
                 stop = min(-(-end // self._align) * self._align, self.size, start + self._largest)
+                length = min(stop, end) - offset
                 try:
-                    data = handle.pread(stop - start, start)
+                    if may_read_straight and start == offset and stop <= end:
+                        self._read_straight(handle, buffer[:length], offset)
+                    else:
+                        data = handle.pread(stop - start, start)
+                        buffer[:length] = memoryview(data)[offset - start : offset - start + length]
                 except self._nbd.Error as error:
                     raise self._failed(handle, offset, error) from error
-                length = min(stop, end) - offset
-                buffer[:length] = memoryview(data)[offset - start : offset - start + length]
                 buffer = buffer[length:]
                 offset += length
+
+    def _read_straight(self, handle: Any, buffer: memoryview, offset: int) -> None:
+        """As libnbd's pread(), into memory that is there already, and that needs no zeroes first: it holds nobody else's bytes."""
+        handle.set_pread_initialize(False)
+        request = handle.aio_pread(self._nbd.Buffer.from_buffer(buffer), offset)
+        handle.set_pread_initialize(True)
+        while not handle.aio_command_completed(request):
+            handle.poll(-1)
 
     def _failed(self, handle: Any, offset: int, error: Exception) -> BaseError:
         if handle.aio_is_ready():
@@ -233,11 +264,70 @@ class NbdClient:
         # A server that cannot tell just now: data is always a safe answer.
         return list(merged(found)) or [Extent(offset, min(stop, limit) - offset, Kind.DATA)]
 
+    def marks(self, context: str, offset: int, length: int) -> Iterator[tuple[int, int, int]]:
+        """What the server says of the range in one of :attr:`contexts`: ``(offset, length, value)``, in order, without gaps.
+
+        :raises BaseError: it does not tell, or has gone.
+        """
+        end = offset + length
+        while offset < end:
+            start = offset - offset % self._align
+            stop = min(-(-end // self._align) * self._align, self.size, start + max(_STATUS_SPAN, self._align))
+            with self._borrowed() as handle:
+                runs = self._status(handle, context, start, stop)
+            for run, value in zip(runs[::2], runs[1::2], strict=True):
+                first, last = max(start, offset), min(start + run, end)
+                if first < last:
+                    yield first, last - first, value
+                    offset = last
+                start += run
+
+    def _status(self, handle: Any, context: str, start: int, stop: int) -> list[int]:
+        """Lengths and values, of which the first length is more than what lies in front of a request's alignment."""
+        runs: list[int] = []
+
+        def told(name: str, _offset: int, entries: list[int], _error: object) -> None:
+            if name == context:
+                runs.extend(entries)
+
+        try:
+            handle.block_status(stop - start, start, told)
+        except self._nbd.Error as error:
+            raise self._failed(handle, start, error) from error
+        if sum(runs[::2]) < self._align:
+            raise BaseError(
+                f"cannot read base {self.given} at byte {start}: the server tells nothing of {context} there"
+            )
+        return runs
+
+    def offered(self) -> list[str]:
+        """The metadata contexts that the server lists, each once; none where it does not take one more connection to ask."""
+        names: list[str] = []
+        handle = self._nbd.NBD()
+        try:
+            handle.set_opt_mode(True)
+            self._connect(handle)
+            deadline = time.monotonic() + _FURTHER_SECONDS
+            while handle.aio_is_connecting() and (left := deadline - time.monotonic()) > 0:
+                handle.poll(int(left * 1000) + 1)
+            if handle.aio_is_negotiating():
+                handle.opt_list_meta_context(names.append)
+                handle.opt_abort()
+        except self._nbd.Error:
+            pass
+        return sorted(set(names))
+
     def size_now(self) -> int:
         """The export's size as a new connection is told it.
 
         :raises BaseOpenError: there is none to be had any more.
         """
+        with self._changed:
+            # A server may count its clients, and take one more only when another has left.
+            spare = self._idle.pop() if len(self._idle) > 1 else None
+            self._count -= spare is not None
+        if spare is not None:
+            _end(spare, self._nbd.Error)
         handle = self._connection()
         size: int = handle.get_size()
         _end(handle, self._nbd.Error)

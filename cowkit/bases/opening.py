@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 
 from cowkit.bases.formats import COMPRESSED, HEAD, detect, format_of_content, format_of_name, known_format
 from cowkit.bases.unfinished import refuse_unfinished
@@ -26,6 +27,7 @@ def open_base(
     size: int | None = None,
     partition: int | None = None,
     tmpdir: str | os.PathLike[str] | None = None,
+    contexts: Sequence[str] = (),
 ) -> Base:
     """The base ``given``, read-only: a raw file or block device, a compressed file, another image format, or an NBD URI.
 
@@ -37,12 +39,14 @@ def open_base(
     :param size: end after that many bytes; at the end of it (or of the partition), unless given.
     :param partition: only the partition of that number, from 1; logical partitions of an MBR are counted from 5.
     :param tmpdir: where what was decompressed is kept, in a file without a name: ``$TMPDIR`` or ``/var/tmp``, unless given.
+    :param contexts: metadata contexts that an NBD server is asked for beside ``base:allocation``; so is the one that reads an
+        image of another format than raw. Elsewhere there are none.
     :raises UsageError: an argument makes no sense.
     :raises BaseOpenError: the base cannot be opened, is damaged, its format is in doubt, or it has no such window.
     :raises MissingToolError: a package or program that this kind of base needs is not installed.
     """
     wanted = None if format is None else known_format(format)
-    base = _open_whole(given, wanted, tmpdir)
+    base = _open_whole(given, wanted, tmpdir, contexts)
     if partition is None and offset == 0 and size is None:
         return base
     try:
@@ -71,18 +75,20 @@ def _window(base: Base, offset: int, size: int | None, partition: int | None) ->
     return WindowBase(base, found.offset + offset, length, f"a window of {what}")
 
 
-def _open_whole(given: str | os.PathLike[str], wanted: str | None, tmpdir: str | os.PathLike[str] | None) -> Base:
+def _open_whole(
+    given: str | os.PathLike[str], wanted: str | None, tmpdir: str | os.PathLike[str] | None, contexts: Sequence[str]
+) -> Base:
     if is_uri(given):
         if wanted not in (None, "raw"):
             raise UsageError(f"base {os.fspath(given)} is an NBD URI, which is always raw, not {wanted}")
         from cowkit.bases.nbd_base import NbdBase
 
-        return NbdBase(os.fspath(given))
+        return NbdBase(os.fspath(given), contexts)
     file = FileBase(given)
     try:
         refuse_unfinished(file.given, file.path)
         found = wanted or detect(file.given, *_ends(file))
-        base = _decoded(file, found, tmpdir)
+        base = _decoded(file, found, tmpdir, contexts)
     except BaseException:
         file.release()
         raise
@@ -95,7 +101,7 @@ def _open_whole(given: str | os.PathLike[str], wanted: str | None, tmpdir: str |
     return base
 
 
-def _decoded(file: FileBase, format: str, tmpdir: str | os.PathLike[str] | None) -> Base:
+def _decoded(file: FileBase, format: str, tmpdir: str | os.PathLike[str] | None, contexts: Sequence[str]) -> Base:
     if format == "raw":
         return file
     if format in COMPRESSED:
@@ -104,7 +110,7 @@ def _decoded(file: FileBase, format: str, tmpdir: str | os.PathLike[str] | None)
         return CompressedBase(file, format, tmpdir)
     from cowkit.bases.image import ImageBase
 
-    return ImageBase(file, format)
+    return ImageBase(file, format, contexts)
 
 
 def _refuse_image_within(base: Base, given: str) -> None:

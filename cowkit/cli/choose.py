@@ -14,16 +14,23 @@ from cowkit.server.runtime import ServerInfo, identity_of, running
 _ANY = "what is being served"
 
 
-def add_choice(parser: argparse.ArgumentParser) -> None:
-    """What says which server is meant."""
+def add_choice(parser: argparse.ArgumentParser, *, source: str = "SERVER", more: str = "") -> None:
+    """What says which server is meant; ``more`` is what else ``source`` may be."""
     which = parser.add_argument_group("which disk (may be left out while there is only one)")
     file_argument(which.add_argument("--base", metavar="BASE", help="the disk of this base, under whatever path"))
-    which.add_argument(
+    chosen = which.add_argument(
         "--from",
         dest="source",
-        metavar="SERVER",
-        help="the server of this name, process id, NBD URI or control socket; `cowkit ls` lists them",
+        metavar=source,
+        help="the server of this name, process id, NBD URI or control socket; `cowkit ls` lists them" + more,
     )
+    if more:
+        file_argument(chosen)
+
+
+def matching(source: str | None) -> list[ServerInfo]:
+    """The running servers that ``source`` names; all of them without one."""
+    return running() if source is None else _from(source, running())
 
 
 def choose(base: str | None, source: str | None) -> ServerInfo:
@@ -35,12 +42,12 @@ def choose(base: str | None, source: str | None) -> ServerInfo:
     if source is not None:
         found = _from(source, servers)
         if base is not None:
-            found = [server for server in found if _serves(server, base)]
+            found = [server for server in found if serves(server, base)]
             wanted = f"--from {source} with base {base}"
         else:
             wanted = f"--from {source}"
     elif base is not None:
-        found = [server for server in servers if _serves(server, base)]
+        found = [server for server in servers if serves(server, base)]
         wanted = f"base {base}"
     else:
         found = servers
@@ -65,7 +72,7 @@ def _list(servers: list[ServerInfo]) -> str:
     )
 
 
-def _serves(server: ServerInfo, base: str) -> bool:
+def serves(server: ServerInfo, base: str) -> bool:
     """Whether ``base`` is the server's, by identity, or by path: then the server itself says that it was replaced."""
     if server.base is None:
         return False
@@ -84,7 +91,9 @@ def _from(source: str, servers: list[ServerInfo]) -> list[ServerInfo]:
     found = [
         server
         for server in servers
-        if source in (server.name, *server.uris) or os.path.realpath(source) == os.path.realpath(server.control)
+        if source in (server.name, *server.uris)
+        or _socket_of(source) in map(_socket_of, server.uris)
+        or os.path.realpath(source) == os.path.realpath(server.control)
     ]
     if found:
         return found
@@ -94,6 +103,20 @@ def _from(source: str, servers: list[ServerInfo]) -> list[ServerInfo]:
     except (OSError, ValueError):
         pass
     return []
+
+
+def _socket_of(uri: str) -> object:
+    """The export's name and the socket of the URI of a Unix socket, however it is spelt; the word itself otherwise."""
+    if not uri.startswith("nbd+unix:"):
+        return uri
+    from urllib.parse import parse_qs, unquote, urlsplit
+
+    try:
+        parts = urlsplit(uri)
+        sockets = parse_qs(parts.query).get("socket", [])
+    except ValueError:
+        return uri
+    return (unquote(parts.path.removeprefix("/")), os.path.realpath(sockets[0])) if sockets else uri
 
 
 def _ask(path: str) -> ServerInfo:

@@ -7,8 +7,10 @@ import os
 import sys
 import time
 
+from cowkit.cli import foreign
 from cowkit.cli.arguments import file_argument
 from cowkit.cli.choose import add_choice, choose
+from cowkit.cli.foreign import by_key
 from cowkit.server.control_client import ControlClient
 
 TYPE_CHECKING = False  # as typing has it, which takes long to import
@@ -19,7 +21,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 DESCRIPTION = (
-    "Write what changed on a disk that `cowkit serve` or `cowkit run` serves to a qcow2 image on top of its base. It is the "
+    "Write what changed on a disk that `cowkit serve` or `cowkit run` serves (or what differs between any other source and a base) "
+    "to a qcow2 image on top of the base. Of a disk that is served it is the "
     "disk of one moment; clients go on writing meanwhile. An image that is there already is replaced when the new one is whole."
 )
 EXAMPLES = """
@@ -33,6 +36,8 @@ cowkit diff --base disk.img -o now.img --raw
 cowkit diff --base disk.img -o diff.qcow2 --engine qemu-img
 cowkit diff --base disk.img -o now.vmdk -O vmdk --image-option subformat=streamOptimized
 cowkit diff --base disk.img -o secret.qcow2 --secret-file key.txt
+cowkit diff --base disk.img --from nbd://host/export -o diff.qcow2
+cowkit diff --base disk.img --from overlay.vmdk -o diff.qcow2
 qemu-img compare diff.qcow2 disk.img   # what to do with it: any tool that reads qcow2
 """
 
@@ -56,7 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON, with each extent that changed")
     parser.add_argument("--exit-code", action="store_true", help="end with status 1 if anything changed, and 0 if not")
-    add_choice(parser)
+    add_choice(
+        parser,
+        source="SOURCE",
+        more="; or, with --base, any other NBD URI, or an image file of a format that QEMU reads",
+    )
+    foreign.add_arguments(parser)
     states = parser.add_argument_group("which two states (default: the base, and now)")
     states.add_argument(
         "--since",
@@ -102,7 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     engine.add_argument(
         "-O",
         "--output-format",
-        dest="format",
+        dest="output_format",
         metavar="FORMAT",
         help="the image's format as QEMU names it, such as vmdk or qed (default: qcow2)",
     )
@@ -124,7 +134,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Ask the server for the difference."""
+    """Ask the server for the difference, or compare a source that has none."""
+    with _Bar() as bar:
+        kept = foreign.keep(arguments, bar.update)
+    if kept is not None:
+        return _said(arguments, kept.to_json(), kept.summary())
     server = choose(arguments.base, arguments.source)
     # Not checked here: the server writes it, and knows best
     folder = "/" if arguments.output.endswith("/") else ""  # which abspath drops, and a file is no folder
@@ -135,11 +149,13 @@ def run(arguments: argparse.Namespace) -> int:
         asked |= {"base": arguments.base, "base-path": os.path.abspath(arguments.base)}
     with ControlClient(server.control) as client, _Bar() as bar:
         answer = client.execute("cowkit-diff", asked, on_event=bar.event)
-    if arguments.json:
-        print(_as_json(answer["report"]))
-    else:
-        print(answer["summary"])
-    return 1 if arguments.exit_code and answer["report"]["changed_bytes"] else 0
+    return _said(arguments, answer["report"], answer["summary"])
+
+
+def _said(arguments: argparse.Namespace, report: dict[str, Any], summary: str) -> int:
+    """Print what was asked for, and return the exit status."""
+    print(_as_json(report) if arguments.json else summary)
+    return 1 if arguments.exit_code and report["changed_bytes"] else 0
 
 
 def _kind(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -156,7 +172,6 @@ def _kind(arguments: argparse.Namespace) -> dict[str, Any]:
         "raw",
         "hash",
         "engine",
-        "format",
     ):
         value = getattr(arguments, name)
         if value is not None and value is not False:
@@ -165,26 +180,13 @@ def _kind(arguments: argparse.Namespace) -> dict[str, Any]:
         from cowkit.disk.sizes import parse_size  # the engine, for those who need it
 
         asked["cluster-size"] = parse_size(arguments.cluster_size, what="cluster size")
+    if arguments.output_format is not None:
+        asked["format"] = arguments.output_format
     if arguments.image_options:
-        asked["image-options"] = _by_key(arguments.image_options)
+        asked["image-options"] = by_key(arguments.image_options)
     if arguments.secret_file is not None:
         asked["secret-file"] = os.path.abspath(arguments.secret_file)
     return asked
-
-
-def _by_key(options: list[str]) -> dict[str, str]:
-    """KEY=VALUE, each of them once."""
-    from cowkit.errors import UsageError
-
-    found: dict[str, str] = {}
-    for each in options:
-        key, equals, value = each.partition("=")
-        if not key or not equals:
-            raise UsageError(f"--image-option takes KEY=VALUE, not {each!r}")
-        if key in found:
-            raise UsageError(f"--image-option {key} is given twice")
-        found[key] = value
-    return found
 
 
 def _as_json(report: dict[str, Any]) -> str:
@@ -219,12 +221,17 @@ class _Bar:
 
     def event(self, name: str, data: dict[str, Any]) -> None:
         """What the server emits while it works."""
-        if name != PROGRESS_EVENT or not self._wanted or time.monotonic() - self._started < _PATIENCE_SECONDS:
+        if name == PROGRESS_EVENT:
+            self.update(data["done"], data["total"])
+
+    def update(self, done: int, total: int) -> None:
+        """So much is done, in bytes."""
+        if not self._wanted or time.monotonic() - self._started < _PATIENCE_SECONDS:
             return
         if self._shown is None:
-            self._shown = self._show(data["total"])
+            self._shown = self._show(total)
         progress, task = self._shown
-        progress.update(task, completed=data["done"], total=data["total"])
+        progress.update(task, completed=done, total=total)
 
     def _show(self, total: int) -> tuple[Progress, TaskID]:
         from rich.console import Console

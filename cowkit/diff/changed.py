@@ -164,6 +164,10 @@ class Changes:
         if self._progress is not None:
             self._progress(self._total, self._total)
 
+    def close(self) -> None:
+        """Let go of the base's mapping, which an exception's traceback would keep, and with it a descriptor."""
+        self._mapped = None
+
     def _counted(self) -> Iterator[Extent]:
         for extent in self._view.dirty_extents():
             self.tally.dirty_bytes += extent.length

@@ -6,7 +6,7 @@ import errno
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
 from cowkit.diff.batch import Batch
@@ -42,6 +42,7 @@ def write_diff(
     progress: Callable[[int, int], None] | None = None,
     options: ImageOptions = DEFAULTS,
     engine: Engine | None = None,
+    spare: Iterable[str] = (),
 ) -> DiffReport:
     """Write what differs between ``view`` and its base to an image at ``path``, all at once or not at all.
 
@@ -54,6 +55,7 @@ def write_diff(
         ends the writing.
     :param options: the kind of image; qcow2 version 3 with clusters of 64 KiB unless given.
     :param engine: who writes it: cowkit itself, unless given.
+    :param spare: files that ``path`` must not be, beside those that the image stands on.
     :raises UsageError: the options make no sense, the disk is too large for them, or ``backing_file`` does not fit the disk.
     :raises OutputError: the image cannot be written; an old file at ``path`` is as it was.
     :raises BaseChangedError: the base is not what it was when the disk was opened; an old file is as it was.
@@ -72,7 +74,8 @@ def write_diff(
         _checked(backing_file)
     check_format_name(backing_format)
     view.base.verify_path()
-    with _base_blamed(view.base), AtomicOutput(path, spare=_spared(view.base, path, backing_file)) as output:
+    spared = [*_spared(view.base, path, backing_file), *spare]
+    with _base_blamed(view.base), AtomicOutput(path, spare=spared) as output:
         identity = None
         if backing_file is not None and options.kind == "qcow2":
             identity, progress = identity_of(view, full=options.hash == "full", progress=progress)
@@ -113,23 +116,24 @@ class Native:
         # The other kinds of image must see their content, or have it where it belongs.
         plain = not (options.has_all or options.subclusters or options.compress)
         changes = Changes(view, shape.grain, order.progress, in_parts=plain)
-        found: Iterable[Batch] = Whole(view, changes, shape.grain) if options.has_all else changes
-        batches = _one_at_a_time(found, output)
-        if options.is_raw:
-            raw = RawWriter(output, view.size)
-            for batch in batches:
-                raw.add(batch)
-            raw.finish()
-            return Filled(changes.tally, view.size)
-        with _writer(output, shape, name, order.backing_format, options) as writer:
-            writer.identity = order.identity and order.identity.to_bytes()
-            for batch in batches:
-                writer.add(batch)
-            bitmaps = None
-            if options.bitmap is not None:
-                granularity = granularity_for(view.size, view.block_size)
-                bitmaps = add_bitmap(writer, options.bitmap, view.dirty_extents(), granularity)
-            writer.finish(bitmaps)
+        with closing(changes):
+            found: Iterable[Batch] = Whole(view, changes, shape.grain) if options.has_all else changes
+            batches = _one_at_a_time(found, output)
+            if options.is_raw:
+                raw = RawWriter(output, view.size)
+                for batch in batches:
+                    raw.add(batch)
+                raw.finish()
+                return Filled(changes.tally, view.size)
+            with _writer(output, shape, name, order.backing_format, options) as writer:
+                writer.identity = order.identity and order.identity.to_bytes()
+                for batch in batches:
+                    writer.add(batch)
+                bitmaps = None
+                if options.bitmap is not None:
+                    granularity = granularity_for(view.size, view.block_size)
+                    bitmaps = add_bitmap(writer, options.bitmap, view.dirty_extents(), granularity)
+                writer.finish(bitmaps)
         return Filled(changes.tally, shape.size)
 
 

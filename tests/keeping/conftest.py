@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.bases.conftest import no_leaks
+
+__all__ = ["no_leaks", "runtime"]
+
 
 @pytest.fixture(autouse=True)
 def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:

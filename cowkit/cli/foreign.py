@@ -1,0 +1,168 @@
+"""`cowkit diff` of what no cowkit serves: an NBD export of another server, or an image file, compared with a base.
+
+And of a disk that one does serve, on top of an earlier difference: the server keeps all that changed, as of one moment, in a
+file that has lost its name by the time it is read, and that is compared with the earlier difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import stat
+
+from cowkit.cli.choose import choose, matching, serves
+from cowkit.errors import ControlError, UsageError
+from cowkit.server.control_client import ControlClient
+
+TYPE_CHECKING = False  # as typing has it, which takes long to import
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cowkit.diff import DiffReport
+    from cowkit.server.runtime import ServerInfo
+
+_URI = re.compile(r"nbds?(\+[a-z]+)?://", re.IGNORECASE)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `cowkit diff` takes for such a source."""
+    group = parser.add_argument_group("a source that no cowkit serves (--from URI or IMAGE, with --base)")
+    group.add_argument(
+        "--base-format", metavar="FORMAT", help="the format of BASE (default: told by its name and content)"
+    )
+    group.add_argument("--from-format", metavar="FORMAT", help="the format of IMAGE (default: told the same way)")
+    group.add_argument(
+        "--from-context",
+        metavar="CONTEXT",
+        help="believe what this metadata context of the source says has changed since BASE, instead of comparing all: "
+        "qemu:dirty-bitmap:NAME, or qemu:allocation-depth",
+    )
+
+
+def keep(arguments: argparse.Namespace, progress: Callable[[int, int], None]) -> DiffReport | None:
+    """Compare what is to be kept with the base; None where a running server knows what changed, and is to be asked.
+
+    :raises UsageError: an option makes sense for the other kind of source alone.
+    :raises ControlError: there is no base.
+    """
+    if _is_foreign(arguments):
+        return _compare(arguments.source, arguments.from_format, arguments, progress)
+    server = _server_below(arguments)
+    if server is None:
+        return None
+    fd = _kept_by(server, arguments)
+    try:
+        return _compare(f"/proc/{os.getpid()}/fd/{fd}", "qcow2", arguments, progress)
+    finally:
+        os.close(fd)
+
+
+def _is_foreign(arguments: argparse.Namespace) -> bool:
+    """Whether ``--from`` names an NBD URI or a file, and no running cowkit."""
+    source: str | None = arguments.source
+    if source is None or not (_URI.match(source) or _is_disk(source)) or matching(source):
+        for name in ("base_format", "from_format", "from_context"):
+            if getattr(arguments, name) is not None:
+                option = name.replace("_", "-")
+                raise UsageError(
+                    f"--{option} is for a source that no cowkit serves (--from URI or --from IMAGE): leave it out"
+                )
+        return False
+    if arguments.base is None:
+        try:
+            choose(None, source)
+        except ControlError as error:
+            raise ControlError(f"{error}; to compare {source} itself with a base, give --base") from error
+    for name in ("since", "at"):
+        if getattr(arguments, name) is not None:
+            raise UsageError(
+                f"--{name} names a checkpoint of a disk that cowkit serves, and {source} is none: leave it out"
+            )
+    return True
+
+
+def _is_disk(path: str) -> bool:
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return False
+    return stat.S_ISREG(mode) or stat.S_ISBLK(mode)
+
+
+def _server_below(arguments: argparse.Namespace) -> ServerInfo | None:
+    """The one running server that is meant, if ``--base`` is no base of its but an image that stands on it."""
+    base: str | None = arguments.base
+    if base is None or arguments.since is not None or not _is_disk(base):
+        return None
+    servers = matching(arguments.source)
+    if not servers or any(serves(server, base) for server in servers):
+        return None
+    from cowkit.diff.qcow2.header import backing_chain
+
+    below = backing_chain(os.path.abspath(base))
+    found = [server for server in servers if any(serves(server, each) for each in below)]
+    return found[0] if len(found) == 1 else None
+
+
+def _kept_by(server: ServerInfo, arguments: argparse.Namespace) -> int:
+    """A descriptor of a file without a name that has all that changed on the server's disk, on top of its base."""
+    assert server.base is not None
+    folder = os.path.dirname(os.path.realpath(arguments.output))
+    path = os.path.join(folder, f".cowkit-{os.urandom(8).hex()}.tmp")
+    asked = {"path": path, "backing-file": os.path.realpath(server.base)}
+    if arguments.at is not None:
+        asked["at"] = arguments.at
+    try:
+        with ControlClient(server.control) as client:
+            client.execute("cowkit-diff", asked)
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
+def _compare(
+    source: str, format: str | None, arguments: argparse.Namespace, progress: Callable[[int, int], None]
+) -> DiffReport:
+    from cowkit.diff import ImageOptions
+    from cowkit.keeping.foreign import keep_foreign
+
+    return keep_foreign(
+        source,
+        arguments.base,
+        arguments.output,
+        options=ImageOptions(
+            arguments.cluster_size,
+            arguments.subclusters,
+            arguments.compress,
+            arguments.bitmap,
+            arguments.standalone,
+            arguments.raw,
+            arguments.hash,
+            arguments.engine,
+            arguments.output_format,
+            by_key(arguments.image_options) or None,
+            arguments.secret_file,
+        ),
+        now_format=format,
+        base_format=arguments.base_format,
+        context=arguments.from_context,
+        backing_file=arguments.backing_file,
+        backing_format=arguments.backing_format,
+        progress=progress,
+    )
+
+
+def by_key(options: list[str]) -> dict[str, str]:
+    """KEY=VALUE, each of them once."""
+    found: dict[str, str] = {}
+    for each in options:
+        key, equals, value = each.partition("=")
+        if not key or not equals:
+            raise UsageError(f"--image-option takes KEY=VALUE, not {each!r}")
+        if key in found:
+            raise UsageError(f"--image-option {key} is given twice")
+        found[key] = value
+    return found

@@ -103,7 +103,7 @@ def test_any_two_files_are_told_apart_exactly(**case: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("small_pieces")
-@settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=800, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @two_files
 def test_many_more_files_are_told_apart_exactly(**case: Any) -> None:
     check_two_files(**case)

@@ -303,7 +303,7 @@ def test_what_images_say_of_their_layers_is_enough(
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @some_layers
 def test_what_many_images_say_of_their_layers_is_enough(
     layers: list[tuple[int, list[tuple[int, int, int]]]], fork: int

@@ -38,6 +38,7 @@ COMMANDS = {
     "serve": "serve a disk until it is told to stop",
     "run": "serve a disk for as long as a command runs",
     "diff": "keep what changed on a disk that is being served",
+    "map": "draw where a disk or a difference changed",
     "ls": "list what is being served",
     "checkpoint": "freeze this moment of a disk",
     "rollback": "put a disk back to a checkpoint",

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from cowkit.cli.diff import PROGRESS_EVENT
+from cowkit.cli.progress import PROGRESS_EVENT
 from cowkit.cow_disk import CowDisk
 from cowkit.errors import ControlError
 from cowkit.server.control import Command, CommandContext
@@ -49,6 +49,23 @@ class DiskCommands:
                     "base": Argument(str, required=False),
                     "base-path": Argument(str, required=False),
                     "backing-format": Argument(str, required=False),
+                    "cluster-size": Argument(int, required=False),
+                    "subclusters": Argument(bool, required=False),
+                    "compress": Argument(str, required=False),
+                    "bitmap": Argument(str, required=False),
+                    "standalone": Argument(bool, required=False),
+                    "raw": Argument(bool, required=False),
+                    "changes": Argument(bool, required=False),
+                    "files": Argument(bool, required=False),
+                },
+            ),
+            "cowkit-changes": Command(
+                self._changes,
+                {
+                    "since": Argument(str, required=False),
+                    "at": Argument(str, required=False),
+                    "files": Argument(bool, required=False),
+                    "estimate": Argument(bool, required=False),
                     "cluster-size": Argument(int, required=False),
                     "subclusters": Argument(bool, required=False),
                     "compress": Argument(str, required=False),
@@ -129,8 +146,27 @@ class DiskCommands:
             standalone=arguments.get("standalone", False),
             raw=arguments.get("raw", False),
             progress=_progress(context),
+            changes=arguments.get("changes", False),
+            files=arguments.get("files", False),
         )
         return {"report": report.to_json(), "summary": report.summary()}
+
+    def _changes(self, context: CommandContext, arguments: _Arguments) -> Any:
+        """What changed; with ``estimate``, how large the image would be that the other members ask for."""
+        from cowkit.diff import ImageOptions
+
+        kind = {name: arguments[key] for name in ImageOptions._fields if (key := name.replace("_", "-")) in arguments}
+        estimate = arguments.get("estimate", False)
+        if kind and not estimate:
+            raise ControlError(f"{', '.join(kind)} make no sense without estimate")
+        report = self._disk.changes(
+            since=arguments.get("since"),
+            at=arguments.get("at"),
+            files=arguments.get("files", False),
+            image=ImageOptions(**kind) if estimate else None,
+            progress=_progress(context),
+        )
+        return {"report": report.to_json()}
 
 
 def _progress(context: CommandContext) -> Callable[[int, int], None]:

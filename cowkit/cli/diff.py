@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
-import time
 
+from cowkit.cli.answers import add_answer_arguments, as_json, is_asked, show
 from cowkit.cli.arguments import file_argument
 from cowkit.cli.choose import add_choice, choose
+from cowkit.cli.progress import Bar
+from cowkit.errors import UsageError
 from cowkit.server.control_client import ControlClient
 
 TYPE_CHECKING = False  # as typing has it, which takes long to import
 if TYPE_CHECKING:
-    from types import TracebackType
-    from typing import Any, Self
+    from typing import Any
 
-    from rich.progress import Progress, TaskID
+    from cowkit.server.runtime import ServerInfo
 
 DESCRIPTION = (
     "Write what changed on a disk that `cowkit serve` or `cowkit run` serves to a qcow2 image on top of its base. It is the "
@@ -30,20 +30,16 @@ cowkit diff --base disk.img --since monday --backing d1.qcow2 -o d2.qcow2
 cowkit diff --base disk.img -o small.qcow2 --subclusters
 cowkit diff --base disk.img -o alone.qcow2 --no-backing --compress zlib
 cowkit diff --base disk.img -o now.img --raw
+cowkit diff --base disk.img --stat --files         # what changed, without writing anything
+cowkit diff --base disk.img --estimate --subclusters
 qemu-img compare diff.qcow2 disk.img   # what to do with it: any tool that reads qcow2
 """
-
-_PATIENCE_SECONDS = 1.0
-PROGRESS_EVENT = "COWKIT_DIFF_PROGRESS"
-"""What the server emits while it works: ``done`` and ``total``, in bytes."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `cowkit diff` takes."""
     file_argument(
-        parser.add_argument(
-            "-o", "--output", metavar="OUT", required=True, help="the qcow2 image to write; replaced if it exists"
-        )
+        parser.add_argument("-o", "--output", metavar="OUT", help="the qcow2 image to write; replaced if it exists")
     )
     parser.add_argument(
         "--backing",
@@ -54,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the report as JSON, with each extent that changed")
     parser.add_argument("--exit-code", action="store_true", help="end with status 1 if anything changed, and 0 if not")
     add_choice(parser)
+    add_answer_arguments(parser)
     states = parser.add_argument_group("which two states (default: the base, and now)")
     states.add_argument(
         "--since",
@@ -88,7 +85,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Ask the server for the difference."""
+    """Ask the server for the difference, or for answers about it."""
+    if arguments.output is None:
+        return _answer(arguments)
+    if arguments.estimate:
+        raise UsageError("--estimate tells how large OUT would be, and -o writes it: leave out one of them")
     server = choose(arguments.base, arguments.source)
     # Not checked here: the server writes it, and knows best
     folder = "/" if arguments.output.endswith("/") else ""  # which abspath drops, and a file is no folder
@@ -97,13 +98,57 @@ def run(arguments: argparse.Namespace) -> int:
         asked["backing-file"] = arguments.backing_file
     elif arguments.base is not None:
         asked |= {"base": arguments.base, "base-path": os.path.abspath(arguments.base)}
-    with ControlClient(server.control) as client, _Bar() as bar:
+    if is_asked(arguments):
+        asked |= {"changes": True, "files": arguments.files}
+    with ControlClient(server.control) as client, Bar() as bar:
         answer = client.execute("cowkit-diff", asked, on_event=bar.event)
     if arguments.json:
-        print(_as_json(answer["report"]))
+        print(as_json(answer["report"]))
     else:
         print(answer["summary"])
+    if is_asked(arguments):
+        _show(answer["report"]["changes"], arguments, server)
     return 1 if arguments.exit_code and answer["report"]["changed_bytes"] else 0
+
+
+def _answer(arguments: argparse.Namespace) -> int:
+    """Ask the server what changed; nothing is written but a picture."""
+    if not is_asked(arguments):
+        raise UsageError(
+            "nothing to do: give -o OUT to write the difference, or --stat, --map, --svg, --files or --estimate to be told "
+            "of it (see `cowkit diff --help`)"
+        )
+    kind = _kind(arguments)
+    asked: dict[str, Any] = {name: kind.pop(name) for name in ("since", "at") if name in kind}
+    if arguments.backing_file is not None or arguments.backing_format is not None:
+        raise UsageError("--backing and --backing-format are for what -o writes: give -o OUT, or leave them out")
+    if kind and not arguments.estimate:
+        option = next(iter(kind)).replace("standalone", "no-backing")
+        raise UsageError(
+            f"--{option} says what kind of image: give -o OUT to write one, or --estimate to learn its size"
+        )
+    if arguments.estimate:
+        asked |= {"estimate": True, **kind}
+    server = choose(arguments.base, arguments.source)
+    with ControlClient(server.control) as client, Bar() as bar:
+        report = client.execute("cowkit-changes", {**asked, "files": arguments.files}, on_event=bar.event)["report"]
+    if arguments.json:
+        print(as_json(report))
+    _show(report, arguments, server)
+    return 1 if arguments.exit_code and report["changed_bytes"] else 0
+
+
+def _show(report: dict[str, Any], arguments: argparse.Namespace, server: ServerInfo) -> None:
+    """Print the answers, or with --json no more than write the picture."""
+    from cowkit.cli.answers import write_picture
+    from cowkit.diff.answers import ChangesReport
+
+    found = ChangesReport.from_json(report)
+    title = f"{server.name}: what changed" + (f" since {arguments.since}" if arguments.since is not None else "")
+    if arguments.json:
+        write_picture(found, arguments.svg, title)
+    else:
+        show(found, arguments, title)
 
 
 def _kind(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -118,58 +163,3 @@ def _kind(arguments: argparse.Namespace) -> dict[str, Any]:
 
         asked["cluster-size"] = parse_size(arguments.cluster_size, what="cluster size")
     return asked
-
-
-def _as_json(report: dict[str, Any]) -> str:
-    """The report with a line for each member and for each extent (``indent`` takes json ten times as long)."""
-    from json import dumps
-
-    lines = []
-    for name, value in report.items():
-        text = dumps(value)
-        if isinstance(value, list):
-            text = text.replace("}, {", "},\n    {")  # numbers and words of ours
-        lines.append(f"  {dumps(name)}: {text}")
-    return "{\n" + ",\n".join(lines) + "\n}"
-
-
-class _Bar:
-    """A progress bar on standard error, if that is a terminal and it takes long enough to look at one."""
-
-    def __init__(self) -> None:
-        self._started = time.monotonic()
-        self._wanted = sys.stderr is not None and sys.stderr.isatty()
-        self._shown: tuple[Progress, TaskID] | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._shown:
-            self._shown[0].stop()
-
-    def event(self, name: str, data: dict[str, Any]) -> None:
-        """What the server emits while it works."""
-        if name != PROGRESS_EVENT or not self._wanted or time.monotonic() - self._started < _PATIENCE_SECONDS:
-            return
-        if self._shown is None:
-            self._shown = self._show(data["total"])
-        progress, task = self._shown
-        progress.update(task, completed=data["done"], total=data["total"])
-
-    def _show(self, total: int) -> tuple[Progress, TaskID]:
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(binary_units=True),
-            TimeRemainingColumn(),
-        )
-        progress = Progress(*columns, console=Console(stderr=True), transient=True)
-        task = progress.add_task("diff", total=total)
-        progress.start()
-        return progress, task

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from cowkit.diff.batch import Batch
 from cowkit.diff.changed import Changes
+from cowkit.diff.image_output import ImageOutput
 from cowkit.diff.options import ImageOptions
 from cowkit.diff.output import AtomicOutput
 from cowkit.diff.qcow2.bitmap_writer import add_bitmap, granularity_for
@@ -19,6 +20,7 @@ from cowkit.diff.qcow2.subcluster_writer import SubclusterWriter
 from cowkit.diff.qcow2.writer import Qcow2Writer
 from cowkit.diff.raw_writer import RawWriter
 from cowkit.diff.report import DiffReport, amounts
+from cowkit.diff.tally import Tally
 from cowkit.diff.whole import Whole
 from cowkit.disk.view_base import ViewBase
 from cowkit.errors import OutputError, UsageError
@@ -64,25 +66,8 @@ def write_diff(
     check_format_name(backing_format)
     view.base.verify_path()
     with AtomicOutput(path, spare=_spared(view.base, path, backing_file)) as output:
-        changes = Changes(view, shape.grain, progress)
-        found: Iterable[Batch] = Whole(view, changes, shape.grain) if options.has_all else changes
-        batches = _one_at_a_time(found, output)
-        if options.raw:
-            raw = RawWriter(output, view.size)
-            for batch in batches:
-                raw.add(batch)
-            raw.finish()
-        else:
-            with _writer(output, shape, name, backing_format, options) as writer:
-                for batch in batches:
-                    writer.add(batch)
-                bitmaps = None
-                if options.bitmap is not None:
-                    granularity = granularity_for(view.size, view.block_size)
-                    bitmaps = add_bitmap(writer, options.bitmap, view.dirty_extents(), granularity)
-                writer.finish(bitmaps)
+        tally = write_image(view, output, shape, name, backing_format, options, progress)
         view.base.verify_path()
-    tally = changes.tally
     changed_bytes, changed_extents, zeroed_bytes, zeroed_extents = amounts(tally.changed)
     return DiffReport(
         path=os.fspath(path),
@@ -103,7 +88,40 @@ def write_diff(
     )
 
 
-def _one_at_a_time(batches: Iterable[Batch], output: AtomicOutput) -> Iterator[Batch]:
+def write_image(
+    view: View,
+    output: ImageOutput,
+    shape: Geometry,
+    name: bytes | None,
+    backing_format: str,
+    options: ImageOptions,
+    progress: Callable[[int, int], None] | None,
+) -> Tally:
+    """Write an image of ``shape`` to ``output``; what was counted on the way.
+
+    :param name: the backing file's, in bytes.
+    """
+    changes = Changes(view, shape.grain, progress)
+    found: Iterable[Batch] = Whole(view, changes, shape.grain) if options.has_all else changes
+    batches = _one_at_a_time(found, output)
+    if options.raw:
+        raw = RawWriter(output, view.size)
+        for batch in batches:
+            raw.add(batch)
+        raw.finish()
+        return changes.tally
+    with _writer(output, shape, name, backing_format, options) as writer:
+        for batch in batches:
+            writer.add(batch)
+        bitmaps = None
+        if options.bitmap is not None:
+            granularity = granularity_for(view.size, view.block_size)
+            bitmaps = add_bitmap(writer, options.bitmap, view.dirty_extents(), granularity)
+        writer.finish(bitmaps)
+    return changes.tally
+
+
+def _one_at_a_time(batches: Iterable[Batch], output: ImageOutput) -> Iterator[Batch]:
     """The same, but a batch's memory is never used for another one while it is still being written."""
     for batch in batches:
         if not batch.data:  # whose writing would wait for that of the last one
@@ -113,7 +131,7 @@ def _one_at_a_time(batches: Iterable[Batch], output: AtomicOutput) -> Iterator[B
 
 @contextmanager
 def _writer(
-    output: AtomicOutput, shape: Geometry, name: bytes | None, backing_format: str, options: ImageOptions
+    output: ImageOutput, shape: Geometry, name: bytes | None, backing_format: str, options: ImageOptions
 ) -> Iterator[Qcow2Writer]:
     if options.compress is not None:
         from cowkit.diff.qcow2.compressed_writer import CompressedWriter  # its thread pool takes 10 ms to import

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from cowkit.disk.extent import Extent, Kind
 from cowkit.disk.sizes import format_size
+
+if TYPE_CHECKING:
+    from cowkit.diff.answers.report import ChangesReport
 
 SCHEMA = 1
 """The version of what :meth:`DiffReport.to_json` returns; new keys do not change it."""
@@ -43,6 +46,8 @@ class DiffReport(NamedTuple):
     seconds: float
     changed: tuple[Extent, ...]
     """What differs, in order: ``ZERO`` where it reads as zeroes now, ``DATA`` elsewhere."""
+    changes: ChangesReport | None = None
+    """More about the very same moment, where that was asked for."""
 
     @property
     def identical_bytes(self) -> int:
@@ -69,6 +74,7 @@ class DiffReport(NamedTuple):
             "bytes_written": self.bytes_written,
             "seconds": round(self.seconds, 6),
             "changed": [{"offset": e.offset, "length": e.length, "kind": str(e.kind)} for e in self.changed],
+            **({} if self.changes is None else {"changes": self.changes.to_json()}),
         }
 
     def summary(self) -> str:

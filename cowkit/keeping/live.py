@@ -36,6 +36,8 @@ def keep(
     backing_file: str | None = None,
     backing_format: str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    changes: bool = False,
+    files: bool = False,
 ) -> DiffReport:
     """Write the difference between two states of ``disk`` to ``path``; see :meth:`cowkit.CowDisk.diff`."""
     options.check()
@@ -43,7 +45,7 @@ def keep(
     with closing(view_of(disk, states)) as view:
         since = states.since is not None
         backing = choose_backing(view.base, path, backing_file, backing_format, options, kept=since)
-        return write_diff(
+        report = write_diff(
             view,
             path,
             backing_file=backing.name,
@@ -51,6 +53,11 @@ def keep(
             progress=progress,
             options=options,
         )
+        if changes or files:
+            from cowkit.diff.answers.look import answered
+
+            report = report._replace(changes=answered(view, report.changed, files=files))
+        return report
 
 
 def view_of(disk: Disk, states: States) -> View:

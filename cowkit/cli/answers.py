@@ -144,7 +144,6 @@ def file_lines(report: ChangesReport) -> Iterator[str]:
 
 def estimate_lines(report: ChangesReport) -> Iterator[str]:
     """The size of the image that was asked for, and of others."""
-
     from cowkit.disk.sizes import format_size
 
     found = report.estimate

@@ -56,7 +56,9 @@ def keep(
         if changes or files:
             from cowkit.diff.answers.look import answered
 
-            report = report._replace(changes=answered(view, report.changed, files=files))
+            dirty = report.dirty_bytes
+            check = (lambda: progress(dirty, dirty)) if progress is not None else (lambda: None)
+            report = report._replace(changes=answered(view, report.changed, files=files, check=check))
         return report
 
 

@@ -16,8 +16,8 @@ class FileChange(NamedTuple):
     type: str
     """``"file"``, ``"directory"``, ``"symlink"``, ``"fifo"``, ``"socket"``, ``"block device"`` or ``"character device"``."""
     what: tuple[str, ...] = ()
-    """What changed of it: of ``"content"``, ``"type"``, ``"mode"``, ``"owner"``, ``"times"``, ``"links"``, ``"target"``,
-    ``"device"``, ``"attributes"`` (extended ones) and ``"flags"``."""
+    """What changed of it: of ``"content"``, ``"type"``, ``"mode"``, ``"owner"``, ``"times"``, ``"target"``, ``"device"``,
+    ``"attributes"`` (extended ones) and ``"flags"``."""
     size: int | None = None
     """In bytes, now; of files."""
     size_before: int | None = None

@@ -49,13 +49,20 @@ def look(
         for _ in changes:
             pass
         tally = changes.tally
-    report = answered(view, tally.changed, files=files)
+    dirty = tally.dirty_bytes
+    check = (lambda: progress(dirty, dirty)) if progress is not None else (lambda: None)
+    report = answered(view, tally.changed, files=files, check=check)
     view.base.verify_path()
     return report._replace(bytes_read=tally.bytes_read, seconds=time.perf_counter() - begun, estimate=estimated)
 
 
-def answered(view: View, changed: Sequence[Extent], *, files: bool = False) -> ChangesReport:
-    """The same, where what changed is known already."""
+def answered(
+    view: View, changed: Sequence[Extent], *, files: bool = False, check: Callable[[], None] = lambda: None
+) -> ChangesReport:
+    """The same, where what changed is known already.
+
+    :param check: called now and then; what it raises ends it.
+    """
     begun = time.perf_counter()
     divided = partitions_of(view)
     report = report_of(
@@ -70,7 +77,7 @@ def answered(view: View, changed: Sequence[Extent], *, files: bool = False) -> C
     if files:
         from cowkit.diff.answers.files import changed_files
 
-        report = report._replace(files=changed_files(view, divided, changed))
+        report = report._replace(files=changed_files(view, divided, changed, check))
     return report._replace(seconds=time.perf_counter() - begun)
 
 

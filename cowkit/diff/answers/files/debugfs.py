@@ -27,7 +27,7 @@ _ENVIRONMENT = {"LC_ALL": "C", "TZ": "UTC", "DEBUGFS_PAGER": "__none__", "PAGER"
 _ENTRY = re.compile(rb"/(\d+)/([0-7]{6})/(-?\d+)/(-?\d+)/([^/]*)/(\d*)/\n")
 """A line of `ls -p`. A name may contain anything but a slash, even the end of a line."""
 _TABLE = re.compile(rb"^ Group +(\d+): .*inode table at (\d+)", re.MULTILINE)
-_NUMBER = re.compile(rb"^(Inodes per group|Inode size|Block size|Inode count): +(\d+)", re.MULTILINE)
+_NUMBER = re.compile(rb"^(Inodes per group|Inode size|Block size|Inode count):\s+(\d+)", re.MULTILINE)
 _FACTS = re.compile(
     rb"Inode: (?P<ino>\d+) +Type: .*?Flags: (?P<flags>0x[0-9a-f]+)\nGeneration: (?P<generation>\d+) .*?\n"
     rb"User: +\d+ +Group: +\d+ +(?:Project: +(?P<project>\d+) +)?Size: \d+\n",

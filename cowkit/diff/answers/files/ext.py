@@ -195,11 +195,16 @@ class _Comparison:
         found: dict[bytes, bytes] = {}
         for path in sorted(removed):
             targets = waiting.get(removed[path].inode)
-            if targets and self._is_same_file(removed[path], added[targets[-1]]):
+            if not targets:
+                continue
+            (old_parent, old_name), (parent, name) = os.path.split(path), os.path.split(targets[-1])
+            went_along = old_name == name and found.get(old_parent) == parent
+            if self._is_same_file(removed[path], added[targets[-1]], went_along):
                 found[path] = targets.pop()
         return found
 
-    def _is_same_file(self, old: Entry, new: Entry) -> bool:
+    def _is_same_file(self, old: Entry, new: Entry, went_along: bool) -> bool:
+        """Whether it is one inode in the same use; ``went_along``: it has its old name, in its directory's new place."""
         if stat.S_IFMT(old.mode) != stat.S_IFMT(new.mode):
             return False
         then, now = self._old_facts.get(old.inode), self._new_facts.get(new.inode)
@@ -208,7 +213,8 @@ class _Comparison:
         if (then.generation, then.made) != (now.generation, now.made):
             return False
         # An inode that is used again gets another generation from the kernel, and 0 from the tools.
-        return bool(now.generation) or stat.S_ISDIR(new.mode) or not self._content_differs(old, new)
+        is_known = went_along or now.generation or stat.S_ISDIR(new.mode)
+        return bool(is_known) or not self._content_differs(old, new)
 
     def _what(self, old: Entry, new: Entry) -> tuple[str, ...]:
         """What is different of two files of the same type."""

@@ -292,6 +292,7 @@ class CowDisk:
         bitmap: str | None = None,
         standalone: bool = False,
         raw: bool = False,
+        rbd: bool = False,
         progress: Callable[[int, int], None] | None = None,
         changes: bool = False,
         files: bool = False,
@@ -313,6 +314,7 @@ class CowDisk:
         :param bitmap: put in what is dirty as a persistent bitmap of that name.
         :param standalone: have all of the disk in the image, and no backing file.
         :param raw: write a sparse raw file with all of the disk instead.
+        :param rbd: write what Ceph's ``rbd import-diff`` reads instead; the checkpoints are its snapshots.
         :param progress: called now and then with the number of bytes dealt with and of those there are.
         :param changes: have the report tell what :meth:`changes` does of the same moment, as its ``changes``.
         :param files: the same, with the files that changed.
@@ -329,7 +331,7 @@ class CowDisk:
         return keep(
             self.engine,
             path,
-            options=ImageOptions(cluster_size, subclusters, compress, bitmap, standalone, raw),
+            options=ImageOptions(cluster_size, subclusters, compress, bitmap, standalone, raw, rbd),
             states=States(since, at),
             backing_file=backing_file,
             backing_format=backing_format,

@@ -55,6 +55,7 @@ class DiskCommands:
                     "bitmap": Argument(str, required=False),
                     "standalone": Argument(bool, required=False),
                     "raw": Argument(bool, required=False),
+                    "rbd": Argument(bool, required=False),
                     "changes": Argument(bool, required=False),
                     "files": Argument(bool, required=False),
                 },
@@ -72,6 +73,7 @@ class DiskCommands:
                     "bitmap": Argument(str, required=False),
                     "standalone": Argument(bool, required=False),
                     "raw": Argument(bool, required=False),
+                    "rbd": Argument(bool, required=False),
                 },
             ),
         }
@@ -123,7 +125,7 @@ class DiskCommands:
                 )
         backing_file = arguments.get("backing-file")
         since = arguments.get("since")
-        whole = arguments.get("standalone", False) or arguments.get("raw", False) or since is not None
+        whole = any(arguments.get(name, False) for name in ("standalone", "raw", "rbd")) or since is not None
         refusal = self._disk.engine.base.backing_refusal
         if backing_file is None and refusal is not None and not whole:
             raise ControlError(refusal)
@@ -145,6 +147,7 @@ class DiskCommands:
             bitmap=arguments.get("bitmap"),
             standalone=arguments.get("standalone", False),
             raw=arguments.get("raw", False),
+            rbd=arguments.get("rbd", False),
             progress=_progress(context),
             changes=arguments.get("changes", False),
             files=arguments.get("files", False),

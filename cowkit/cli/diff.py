@@ -30,6 +30,7 @@ cowkit diff --base disk.img --since monday --backing d1.qcow2 -o d2.qcow2
 cowkit diff --base disk.img -o small.qcow2 --subclusters
 cowkit diff --base disk.img -o alone.qcow2 --no-backing --compress zlib
 cowkit diff --base disk.img -o now.img --raw
+cowkit diff --base disk.img -o changes.rbd --format rbd && rbd import-diff changes.rbd pool/image
 cowkit diff --base disk.img --stat --files         # what changed, without writing anything
 cowkit diff --base disk.img --estimate --subclusters
 qemu-img compare diff.qcow2 disk.img   # what to do with it: any tool that reads qcow2
@@ -82,6 +83,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     image.add_argument(
         "--raw", action="store_true", help="write a sparse raw file with all of the disk instead of qcow2"
     )
+    image.add_argument(
+        "--format",
+        choices=("qcow2", "raw", "rbd"),
+        help="what to write: qcow2 (default), raw (as --raw), or rbd: what Ceph's `rbd import-diff` reads",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -123,7 +129,7 @@ def _answer(arguments: argparse.Namespace) -> int:
     if arguments.backing_file is not None or arguments.backing_format is not None:
         raise UsageError("--backing and --backing-format are for what -o writes: give -o OUT, or leave them out")
     if kind and not arguments.estimate:
-        option = next(iter(kind)).replace("standalone", "no-backing")
+        option = next(iter(kind)).replace("standalone", "no-backing").replace("rbd", "format rbd")
         raise UsageError(
             f"--{option} says what kind of image: give -o OUT to write one, or --estimate to learn its size"
         )
@@ -158,6 +164,10 @@ def _kind(arguments: argparse.Namespace) -> dict[str, Any]:
         value = getattr(arguments, name)
         if value is not None and value is not False:
             asked[name.replace("_", "-")] = value
+    if arguments.format == "qcow2" and arguments.raw:
+        raise UsageError("--raw is no qcow2: leave out --raw, or --format qcow2")
+    if arguments.format in ("raw", "rbd"):
+        asked[arguments.format] = True
     if arguments.cluster_size is not None:
         from cowkit.disk.sizes import parse_size  # the engine, for those who need it
 

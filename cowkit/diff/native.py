@@ -15,10 +15,11 @@ from cowkit.diff.options import ImageOptions
 from cowkit.diff.output import AtomicOutput
 from cowkit.diff.qcow2.bitmap_writer import add_bitmap, granularity_for
 from cowkit.diff.qcow2.header import backing_chain
-from cowkit.diff.qcow2.layout import LONGEST_BACKING_NAME, Geometry, check_format_name, geometry
+from cowkit.diff.qcow2.layout import LONGEST_BACKING_NAME, Geometry, check_format_name, geometry, image_size
 from cowkit.diff.qcow2.subcluster_writer import SubclusterWriter
 from cowkit.diff.qcow2.writer import Qcow2Writer
 from cowkit.diff.raw_writer import RawWriter
+from cowkit.diff.rbd_writer import RbdWriter
 from cowkit.diff.report import DiffReport, amounts
 from cowkit.diff.tally import Tally
 from cowkit.diff.whole import Whole
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 DEFAULTS = ImageOptions()
 
+Snapshots = tuple[str | None, str | None]
+"""The names of the state before and of the state now; None where they have none."""
+
 
 def write_diff(
     view: View,
@@ -40,6 +44,7 @@ def write_diff(
     backing_format: str = "raw",
     progress: Callable[[int, int], None] | None = None,
     options: ImageOptions = DEFAULTS,
+    snapshots: Snapshots = (None, None),
 ) -> DiffReport:
     """Write what differs between ``view`` and its base to an image at ``path``, all at once or not at all.
 
@@ -51,29 +56,31 @@ def write_diff(
     :param progress: called with the dirty bytes dealt with and those there are in all, about 200 times; what it raises
         ends the writing.
     :param options: the kind of image; qcow2 version 3 with clusters of 64 KiB unless given.
+    :param snapshots: what an rbd difference calls the state before and the state now.
     :raises UsageError: the options make no sense, the disk is too large for them, or ``backing_file`` does not fit the disk.
     :raises OutputError: the image cannot be written; an old file at ``path`` is as it was.
     :raises BaseChangedError: the base is not what it was when the disk was opened; an old file is as it was.
     """
     begun = time.perf_counter()
     options.check()
-    shape = geometry(view.size, options.cluster, subclusters=options.subclusters)
-    if backing_file is None and not options.has_all and (view.base.path or view.base.given):
+    shape = shape_for(view.size, options)
+    if backing_file is None and options.names_base and (view.base.path or view.base.given):
         raise UsageError(f"a difference to {view.base.given} needs a name for it: give backing_file")
-    if backing_file is not None and options.has_all:
-        raise UsageError(f"an image with all of the disk has no backing file: leave out {backing_file}")
+    if backing_file is not None and not options.names_base:
+        what = "a difference for rbd" if options.rbd else "an image with all of the disk"
+        raise UsageError(f"{what} has no backing file: leave out {backing_file}")
     name = _checked(backing_file) if backing_file is not None else None
     check_format_name(backing_format)
     view.base.verify_path()
     with AtomicOutput(path, spare=_spared(view.base, path, backing_file)) as output:
-        tally = write_image(view, output, shape, name, backing_format, options, progress)
+        tally = write_image(view, output, shape, name, backing_format, options, progress, snapshots)
         view.base.verify_path()
     changed_bytes, changed_extents, zeroed_bytes, zeroed_extents = amounts(tally.changed)
     return DiffReport(
         path=os.fspath(path),
         backing_file=backing_file,
         backing_format=backing_format if backing_file is not None else None,
-        virtual_size=view.size if options.raw else shape.size,
+        virtual_size=view.size if options.raw or options.rbd else shape.size,
         cluster_size=shape.cluster_size,
         dirty_bytes=tally.dirty_bytes,
         dirty_extents=tally.dirty_extents,
@@ -88,6 +95,16 @@ def write_diff(
     )
 
 
+def shape_for(size: int, options: ImageOptions) -> Geometry:
+    """The geometry of the image of a disk of ``size`` bytes.
+
+    :raises UsageError: the disk is too large for it.
+    """
+    if options.raw or options.rbd:  # without tables that could be too small
+        return Geometry(image_size(size), options.cluster)
+    return geometry(size, options.cluster, subclusters=options.subclusters)
+
+
 def write_image(
     view: View,
     output: ImageOutput,
@@ -96,6 +113,7 @@ def write_image(
     backing_format: str,
     options: ImageOptions,
     progress: Callable[[int, int], None] | None,
+    snapshots: Snapshots = (None, None),
 ) -> Tally:
     """Write an image of ``shape`` to ``output``; what was counted on the way.
 
@@ -104,11 +122,15 @@ def write_image(
     changes = Changes(view, shape.grain, progress)
     found: Iterable[Batch] = Whole(view, changes, shape.grain) if options.has_all else changes
     batches = _one_at_a_time(found, output)
-    if options.raw:
-        raw = RawWriter(output, view.size)
+    if options.raw or options.rbd:
+        plain: RawWriter | RbdWriter
+        if options.rbd:
+            plain = RbdWriter(output, view.size, since=snapshots[0], at=snapshots[1])
+        else:
+            plain = RawWriter(output, view.size)
         for batch in batches:
-            raw.add(batch)
-        raw.finish()
+            plain.add(batch)
+        plain.finish()
         return changes.tally
     with _writer(output, shape, name, backing_format, options) as writer:
         for batch in batches:

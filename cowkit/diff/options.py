@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple, get_args
 
 from cowkit.diff.qcow2.bitmap_writer import check_bitmap_name
-from cowkit.diff.qcow2.layout import DEFAULT_CLUSTER, check_cluster_size
+from cowkit.diff.qcow2.layout import DEFAULT_CLUSTER, SMALLEST_CLUSTER, check_cluster_size
 from cowkit.disk.sizes import parse_size
 from cowkit.errors import UsageError
 
@@ -27,6 +27,8 @@ class ImageOptions(NamedTuple):
     """Have all of the disk in the image, and no backing file."""
     raw: bool = False
     """Write a raw file with all of the disk instead of qcow2."""
+    rbd: bool = False
+    """Write what Ceph's `rbd import-diff` reads instead of qcow2; cluster_size is what is compared at once, 4 KiB unless given."""
 
     @property
     def has_all(self) -> bool:
@@ -34,10 +36,15 @@ class ImageOptions(NamedTuple):
         return self.standalone or self.raw
 
     @property
+    def names_base(self) -> bool:
+        """Whether the image records the name of its base, if there is one."""
+        return not (self.has_all or self.rbd)
+
+    @property
     def cluster(self) -> int:
         """The cluster size in bytes."""
         if self.cluster_size is None:
-            return DEFAULT_CLUSTER
+            return SMALLEST_CLUSTER if self.rbd else DEFAULT_CLUSTER
         return check_cluster_size(parse_size(self.cluster_size, what="cluster size"))
 
     def check(self) -> None:
@@ -50,6 +57,10 @@ class ImageOptions(NamedTuple):
             if wrong:
                 words = " and ".join(name.replace("_", " ") for name in wrong)
                 raise UsageError(f"a raw file has no {words}: leave that out, or raw")
+        if self.rbd:
+            wrong = [name for name in ("subclusters", "compress", "bitmap", "raw") if getattr(self, name)]
+            if wrong:
+                raise UsageError(f"a difference for rbd has no {' and '.join(wrong)}: leave that out, or rbd")
         if self.compress is not None and self.compress not in get_args(Compression):
             raise UsageError(f"compress is 'zlib' or 'zstd', not {self.compress!r}")
         if self.compress is not None and self.subclusters:

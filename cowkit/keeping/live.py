@@ -23,6 +23,12 @@ class States(NamedTuple):
     at: Point | None = None
     """Up to this checkpoint; up to now, unless given."""
 
+    @property
+    def names(self) -> tuple[str | None, str | None]:
+        """What the checkpoints are called; None where there is none."""
+        since, at = (each.name if isinstance(each, Checkpoint) else each for each in self)
+        return since, at
+
 
 NOW = States()
 
@@ -52,6 +58,7 @@ def keep(
             backing_format=backing.format,
             progress=progress,
             options=options,
+            snapshots=states.names,
         )
         if changes or files:
             from cowkit.diff.answers.look import answered

@@ -16,7 +16,7 @@ from cowkit.diff.answers.image_size import Estimate, ImageSize
 from cowkit.diff.batch import Batch, Run
 from cowkit.diff.changed import BaseMap, by_cluster
 from cowkit.diff.image_output import CountingOutput
-from cowkit.diff.native import write_image
+from cowkit.diff.native import shape_for, write_image
 from cowkit.diff.options import ImageOptions
 from cowkit.diff.qcow2.layout import Geometry, geometry, up
 from cowkit.diff.qcow2.subcluster_writer import SubclusterWriter
@@ -43,18 +43,18 @@ def estimate(
     :raises UsageError: ``options`` make no sense, or the disk is too large for them.
     """
     options.check()
-    shape = geometry(view.size, options.cluster, subclusters=options.subclusters)
+    shape = shape_for(view.size, options)
     name = _name(view, options)
     output = CountingOutput()
     tally = write_image(view, output, shape, name, "raw", options, progress)
-    plain = not (options.has_all or options.compress or options.bitmap)
+    plain = options.names_base and not (options.compress or options.bitmap)
     others = tuple(_others(view, tally.changed, name, shape)) if plain else ()
-    has_clusters = not options.raw
+    has_clusters = not (options.raw or options.rbd)
     return Estimate(output.length, output.allocated, shape.cluster_size if has_clusters else None, others), tally
 
 
 def _name(view: View, options: ImageOptions) -> bytes | None:
-    return None if options.has_all or view.base.given is None else _BACKING_NAME
+    return None if not options.names_base or view.base.given is None else _BACKING_NAME
 
 
 def _others(view: View, changed: list[Extent], name: bytes | None, asked: Geometry) -> Iterator[ImageSize]:

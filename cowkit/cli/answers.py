@@ -124,14 +124,22 @@ def _notes(report: ChangesReport) -> Iterator[str]:
 # --files
 
 
-def file_lines(report: ChangesReport) -> Iterator[str]:
-    """A line for each path, as `git status` has them; headings where there are several file systems."""
+def tell_problems(report: ChangesReport) -> bool:
+    """Say on standard error what cannot be told of files; whether nothing could be."""
+    from cowkit.cli.main import note
+
     found = report.files or ()
     for each in found:
-        where = "disk" if each.partition is None else f"partition {each.partition}"
         if each.problem is not None:
-            yield f"{where}: {each.problem}"
-            continue
+            note(f"{'disk' if each.partition is None else f'partition {each.partition}'}: {each.problem}")
+    return bool(found) and all(each.problem is not None for each in found)
+
+
+def file_lines(report: ChangesReport) -> Iterator[str]:
+    """A line for each path, as `git status` has them; headings where there are several file systems."""
+    found = [each for each in report.files or () if each.problem is None]
+    for each in found:
+        where = "disk" if each.partition is None else f"partition {each.partition}"
         if len(found) > 1 or each.partition is not None:
             yield f"{where} ({each.file_system}):" + ("" if each.changes else " no file changed")
         elif not each.changes:

@@ -49,6 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the name of the base to record in OUT (default: BASE's path; if that is relative, as seen from OUT's directory)",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON, with each extent that changed")
+    parser.add_argument(
+        "--json-schema", action="store_true", help="print the JSON Schema of what --json prints, and do nothing else"
+    )
     parser.add_argument("--exit-code", action="store_true", help="end with status 1 if anything changed, and 0 if not")
     add_choice(parser)
     add_answer_arguments(parser)
@@ -92,6 +95,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Ask the server for the difference, or for answers about it."""
+    if arguments.json_schema:
+        from cowkit.diff.answers.schema import schema_text
+
+        print(schema_text(), end="")
+        return 0
     if arguments.output is None:
         return _answer(arguments)
     if arguments.estimate:
@@ -113,7 +121,8 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print(answer["summary"])
     if is_asked(arguments):
-        _show(answer["report"]["changes"], arguments, server)
+        if _show(answer["report"]["changes"], arguments, server):
+            return 2
     return 1 if arguments.exit_code and answer["report"]["changed_bytes"] else 0
 
 
@@ -140,13 +149,14 @@ def _answer(arguments: argparse.Namespace) -> int:
         report = client.execute("cowkit-changes", {**asked, "files": arguments.files}, on_event=bar.event)["report"]
     if arguments.json:
         print(as_json(report))
-    _show(report, arguments, server)
+    if _show(report, arguments, server):
+        return 2
     return 1 if arguments.exit_code and report["changed_bytes"] else 0
 
 
-def _show(report: dict[str, Any], arguments: argparse.Namespace, server: ServerInfo) -> None:
-    """Print the answers, or with --json no more than write the picture."""
-    from cowkit.cli.answers import write_picture
+def _show(report: dict[str, Any], arguments: argparse.Namespace, server: ServerInfo) -> bool:
+    """Print the answers, or with --json no more than write the picture; whether files were asked for and could not be told."""
+    from cowkit.cli.answers import tell_problems, write_picture
     from cowkit.diff.answers import ChangesReport
 
     found = ChangesReport.from_json(report)
@@ -155,6 +165,7 @@ def _show(report: dict[str, Any], arguments: argparse.Namespace, server: ServerI
         write_picture(found, arguments.svg, title)
     else:
         show(found, arguments, title)
+    return tell_problems(found)
 
 
 def _kind(arguments: argparse.Namespace) -> dict[str, Any]:

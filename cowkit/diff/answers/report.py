@@ -68,7 +68,7 @@ class ChangesReport(NamedTuple):
     """Which files changed; None unless asked for."""
 
     def to_json(self) -> dict[str, object]:
-        """The report as JSON has it; ``schema`` is the version of its form (see :mod:`cowkit.diff.answers.schema`)."""
+        """The report as JSON has it; ``schema`` is the version of its form (``schema.json`` here describes it)."""
         return {
             "schema": SCHEMA,
             "base": self.base,

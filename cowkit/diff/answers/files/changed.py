@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from cowkit.diff.answers.file_change import FileSystemChanges
 from cowkit.diff.answers.files.debugfs import ExtFiles
 from cowkit.diff.answers.files.ext import Side, ext_changes
-from cowkit.diff.answers.files.scratch import Place, State, metadata_copy, states_of
+from cowkit.diff.answers.files.guest import guest_changes
+from cowkit.diff.answers.files.scratch import Place, State, data_copy, metadata_copy, states_of
 from cowkit.diff.answers.filesystems import file_system_at
 from cowkit.diff.answers.states import Now, Partitions
 from cowkit.disk.extent import Extent
@@ -113,8 +114,13 @@ def _compared(
                 for state, found in ((before, pair.before), (now, pair.now))
             ]
             return FileSystemChanges(pair.partition, shown, ext_changes(sides[0], sides[1], changed))
-    problem = f"the files of {shown} cannot be told"
-    return FileSystemChanges(pair.partition, shown, (), problem)
+    before, now = states_of(view)
+    with ExitStack() as opened:
+        was_there, is_there = (
+            data_copy(state, found.place, opened) if found is not None and found.name is not None else None
+            for state, found in ((before, pair.before), (now, pair.now))
+        )
+        return FileSystemChanges(pair.partition, shown, guest_changes(was_there, is_there, shown or "it", check))
 
 
 def _ext_side(state: State, found: _Found, opened: ExitStack, check: Callable[[], None]) -> Side:

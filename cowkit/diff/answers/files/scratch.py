@@ -3,6 +3,7 @@
 Nothing is mounted and root is not needed. Where the base is a raw file with an ext file system, e2image copies its metadata
 alone, and what a state changed goes on top: so it costs the metadata and what is dirty, not what the disk holds. Of other
 bases, all data of the file system are copied. The copies are sparse unlinked files: whatever happens, none is left behind.
+guestfish alone needs files with names, which it loses as soon as it has opened them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from typing import IO, TYPE_CHECKING, NamedTuple
 
 from cowkit.diff.answers.files.tools import find
@@ -87,6 +89,25 @@ def metadata_copy(state: State, place: Place) -> IO[bytes]:
         scratch.close()
         raise
     return scratch
+
+
+def data_copy(state: State, place: Place, opened: ExitStack) -> str:
+    """The path of a file with all data of what is at ``place`` in ``state``; it is removed when ``opened`` is closed.
+
+    :raises OSError: there is no room for it.
+    """
+    fd, path = tempfile.mkstemp(dir=default_directory(), prefix="cowkit-files-")
+    opened.callback(remove, path)
+    with os.fdopen(fd, "r+b") as copy:
+        _put(state, place, state.data(place.offset, place.size), copy)
+        copy.truncate(place.size)
+    return path
+
+
+def remove(path: str) -> None:
+    """Remove a copy, unless that is done."""
+    with suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 def _copy_metadata(state: State, place: Place, scratch: IO[bytes]) -> bool:

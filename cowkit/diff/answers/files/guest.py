@@ -145,7 +145,7 @@ def _trees(program: str, images: Sequence[str], check: Callable[[], None]) -> li
             errors.seek(0)
             said = errors.read().decode(errors="replace")
             first = next((line for line in said.splitlines() if "error:" in line), said)
-            raise ToolFailedError([os.path.basename(program), "--ro"], status or 1, first)
+            raise ToolFailedError(["guestfish", "--ro"], status or 1, f"{first} (libguestfs-test-tool tells more)")
         return found
 
 

@@ -97,6 +97,21 @@ def test_an_estimate_is_the_size_of_the_image_and_the_others_are_no_smaller_than
                 assert other.file_size >= image.stat().st_size
 
 
+def test_the_sizes_with_other_clusters_are_exact_where_nothing_reads_as_zeroes_by_chance(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base.img", 16 << 20, {0: os.urandom(8 << 20)})
+    with CowDisk(base) as disk:
+        disk.zero(4096, 1 << 20)  # zeroes in a cluster that has other data
+        disk.zero(65536, 3 << 20)  # a cluster of zeroes
+        disk.pwrite(os.urandom(70_000), 5_000_000)
+        disk.pwrite(os.urandom(4096), 12 << 20)
+        estimate = disk.changes(image=ImageOptions()).estimate
+        assert estimate is not None
+        assert len(estimate.others) == 7
+        for other in estimate.others:
+            disk.diff(tmp_path / "d", cluster_size=other.cluster_size, subclusters=other.subclusters)
+            assert other.file_size == (tmp_path / "d").stat().st_size, other
+
+
 def test_what_an_estimate_says_to_be_on_the_disk_is_there(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base.img", 64 << 20, {0: os.urandom(1 << 20)})
     with CowDisk(base) as disk:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
 
 from cowkit.cli.arguments import file_argument
 
+TYPE_CHECKING = False  # as typing has it, which takes long to import
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
+
     from cowkit.diff.answers import ChangesReport
     from cowkit.diff.answers.report import PartitionChanges
 
@@ -199,6 +200,8 @@ def _ruler(report: ChangesReport, width: int) -> str:
 
 def draw_map(report: ChangesReport) -> None:
     """Print the map, in colours on a terminal."""
+    import shutil  # with all the compression that it knows
+
     on_terminal = sys.stdout is not None and sys.stdout.isatty()
     width = max(_LEAST_WIDTH, shutil.get_terminal_size((_PLAIN_WIDTH, 24)).columns if on_terminal else _PLAIN_WIDTH)
     lines = map_lines(report, width)

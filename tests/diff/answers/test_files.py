@@ -58,6 +58,7 @@ def test_exactly_the_files_that_a_script_changed_are_told(tmp_path: Path, option
     )
 
 
+@pytest.mark.requires("sfdisk")
 def test_files_in_a_partition_are_told_under_its_number(tmp_path: Path) -> None:
     tree = make_tree(tmp_path / "tree")
     base = tmp_path / "disk.img"
@@ -204,6 +205,23 @@ def test_a_wrecked_file_system_is_a_problem_and_no_list_of_removed_files(tmp_pat
     assert damaged.problem
     assert "\n" not in damaged.problem
     assert gone.changes == damaged.changes == ()
+
+
+@pytest.mark.requires("sfdisk")
+def test_a_damaged_partition_table_is_a_problem_and_no_list_of_removed_files(tmp_path: Path) -> None:
+    base = tmp_path / "disk.img"
+    with base.open("wb") as file:
+        file.truncate(24 * MIB)
+    tool("sfdisk", "-q", base, given="label: gpt\nstart=2048, size=16M\n")
+    make_image(base, make_tree(tmp_path / "tree"), "-t", "ext4", size=16 * MIB, offset=1 * MIB)
+    with CowDisk(base) as disk:
+        disk.zero(32768, 512)
+        disk.zero(32768, disk.size - 32768)
+        report = disk.changes(files=True)
+    assert report.partition_table == "damaged"
+    assert [each.problem for each in report.files or ()] == [
+        "the partition table is damaged, so nothing tells where its file systems are"
+    ]
 
 
 def test_without_debugfs_one_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

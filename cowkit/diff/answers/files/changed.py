@@ -46,6 +46,9 @@ def changed_files(
     :param changed: what of the disk changed, in order.
     :param check: called now and then; what it raises ends the work.
     """
+    if divided.table == "damaged":
+        problem = "the partition table is damaged, so nothing tells where its file systems are"
+        return (FileSystemChanges(None, None, (), problem),)
     return tuple(
         answer for pair in _pairs(view, divided) if (answer := _answer(view, pair, changed, check)) is not None
     )

@@ -20,7 +20,8 @@ from cowkit.hosting.options import Round, checked
 if TYPE_CHECKING:
     from socket import socket as Socket
 
-    from cowkit.diff import Compression, DiffReport
+    from cowkit.diff import Compression, DiffReport, ImageOptions
+    from cowkit.diff.answers import ChangesReport
     from cowkit.diff.identity import Hash
     from cowkit.diff.options import EngineName
     from cowkit.hosting.disk import HostedDisk
@@ -306,6 +307,8 @@ class CowDisk:
         image_options: Mapping[str, str | int | bool] | None = None,
         secret_file: str | os.PathLike[str] | None = None,
         progress: Callable[[int, int], None] | None = None,
+        changes: bool = False,
+        files: bool = False,
     ) -> DiffReport:
         """Keep what changed: a qcow2 image at ``path`` with the base as its backing file, as of this moment.
 
@@ -328,11 +331,14 @@ class CowDisk:
             blocks (``"sampled"``, unless given), or of all its bytes as well (``"full"``), which reads the whole base.
         :param engine: who writes the image: cowkit itself (``"native"``), qemu-img by create and rebase (``"qemu-img"``), or
             a QEMU storage daemon (``"qmp"``); cowkit, unless given or only QEMU can.
-        :param format: the image's format as QEMU names it, such as ``"vmdk"``; ``"qcow2"`` unless given. Formats without
+        :param format: the image's format as QEMU names it, such as ``"vmdk"``; ``"qcow2"`` unless given. ``"rbd"`` is what Ceph's
+            ``rbd import-diff`` reads, with the checkpoints as its snapshots. Formats without
             backing files have all of the disk.
         :param image_options: QEMU's own options for making an image of that format, such as ``{"encrypt.format": "luks"}``.
         :param secret_file: the file whose content, to its last byte, is the passphrase of an image that is encrypted.
         :param progress: called now and then with the number of bytes dealt with and of those there are.
+        :param changes: have the report tell what :meth:`changes` does of the same moment, as its ``changes``.
+        :param files: the same, with the files that changed.
         :raises UsageError: the options do not go together, or the base cannot be a backing file (it is compressed, or a part
             of a file), and no other is named.
         :raises CheckpointError: the disk has no such checkpoint, or ``since`` is later than ``at``.
@@ -364,7 +370,36 @@ class CowDisk:
             backing_file=backing_file,
             backing_format=backing_format,
             progress=progress,
+            changes=changes,
+            files=files,
         )
+
+    @_where_the_disk_is
+    def changes(
+        self,
+        *,
+        since: Checkpoint | str | None = None,
+        at: Checkpoint | str | None = None,
+        files: bool = False,
+        image: ImageOptions | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> ChangesReport:
+        """What changed, as of this moment, without writing anything: how much, where, in which partitions and files.
+
+        :param since: only what changed since that checkpoint.
+        :param at: what was there at that checkpoint instead of now.
+        :param files: look which files changed: inside ext2, ext3 and ext4 by debugfs, inside others by guestfish.
+        :param image: tell how large an image of that kind would be: ``ImageOptions()`` is what :meth:`diff` writes.
+        :param progress: called now and then with the number of bytes dealt with and of those there are.
+        :raises UsageError: ``image`` makes no sense, or the disk is too large for it.
+        :raises CheckpointError: the disk has no such checkpoint, or ``since`` is later than ``at``.
+        :raises BaseChangedError: the base is not what it was when the disk was opened.
+        """
+        from cowkit.keeping.answers import changes
+        from cowkit.keeping.live import States
+
+        self._open()
+        return changes(self.engine, states=States(since, at), files=files, image=image, progress=progress)
 
     @_where_the_disk_is
     def check_diff(self, path: str | os.PathLike[str], *, backing_file: str | None = None) -> None:

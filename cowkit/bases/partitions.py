@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import binascii
 import struct
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from cowkit.disk.base import Base
 from cowkit.disk.sizes import format_size
@@ -26,6 +26,21 @@ _FIRST_LOGICAL = 5
 _MOST_LOGICAL = 256
 _MOST_ENTRIES_BYTES = 1 << 20
 """Of a GPT: 128 entries of 128 bytes are usual, 16 KiB."""
+
+
+class Table(Protocol):
+    """What may have a partition table: a base, or a disk as it is now."""
+
+    @property
+    def given(self) -> str | None:
+        """What messages call it."""
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+
+    def pread(self, length: int, offset: int) -> bytes:
+        """``length`` bytes from ``offset`` on, all of them within ``size``."""
 
 
 class Partition(NamedTuple):
@@ -67,7 +82,12 @@ def find_partition(base: Base, number: int) -> Partition:
     return found
 
 
-def read_partitions(base: Base) -> list[Partition]:
+def has_table(base: Table) -> bool:
+    """Whether ``base`` begins like one with a partition table, damaged or not."""
+    return _mbr_entries(_read(base, _SECTOR, 0)) is not None
+
+
+def read_partitions(base: Table) -> list[Partition]:
     """All partitions of ``base``, as its table has them; they may overlap or reach beyond its end.
 
     :raises BaseOpenError: it has no partition table, or a damaged one.
@@ -91,7 +111,7 @@ def read_partitions(base: Base) -> list[Partition]:
     return partitions
 
 
-def _read(base: Base, length: int, offset: int) -> bytes:
+def _read(base: Table, length: int, offset: int) -> bytes:
     """What there is of the range; nothing of one that begins beyond the end."""
     inside = max(0, min(length, base.size - offset))
     return base.pread(inside, offset) if inside else b""
@@ -108,7 +128,7 @@ def _mbr_entries(sector: bytes) -> list[tuple[int, int, int]] | None:
     return [(kind, first, count) for _, kind, first, count in raw]
 
 
-def _logical(base: Base, extended: Partition, number: int) -> list[Partition]:
+def _logical(base: Table, extended: Partition, number: int) -> list[Partition]:
     found: list[Partition] = []
     place = extended.offset
     seen = set[int]()
@@ -131,7 +151,7 @@ def _logical(base: Base, extended: Partition, number: int) -> list[Partition]:
         place = following
 
 
-def _read_gpt(base: Base) -> list[Partition]:
+def _read_gpt(base: Table) -> list[Partition]:
     # A disk of 4096-byte sectors has its GPT at other places; nothing but looking tells which kind a file is.
     for sector in (512, 4096):
         for place in (sector, (base.size // sector - 1) * sector):  # the second is the spare one, in the last sector
@@ -144,7 +164,7 @@ def _read_gpt(base: Base) -> list[Partition]:
     )
 
 
-def _gpt_at(base: Base, place: int, sector: int) -> list[Partition] | None:
+def _gpt_at(base: Table, place: int, sector: int) -> list[Partition] | None:
     header = _read(base, sector, place) if place > 0 else b""
     if len(header) < _GPT_HEADER.size:
         return None

@@ -40,6 +40,7 @@ COMMANDS = {
     "diff": "keep what changed on a disk that is being served",
     "verify": "check a difference by two independent readers",
     "apply": "merge a difference into a copy of its base, or the base",
+    "map": "draw where a disk or a difference changed",
     "ls": "list what is being served",
     "checkpoint": "freeze this moment of a disk",
     "rollback": "put a disk back to a checkpoint",

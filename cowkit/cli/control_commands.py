@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from cowkit.cli.diff import PROGRESS_EVENT
+from cowkit.cli.progress import PROGRESS_EVENT
 from cowkit.cow_disk import CowDisk
 from cowkit.errors import ControlError
 from cowkit.server.control import Command, CommandContext
@@ -17,6 +17,21 @@ from cowkit.server.runtime import ServerInfo
 _PROGRESS_SECONDS = 0.05
 
 _Arguments = dict[str, Any]
+
+_KIND_OF_IMAGE = {
+    "cluster-size": Argument(int, required=False),
+    "subclusters": Argument(bool, required=False),
+    "compress": Argument(str, required=False),
+    "bitmap": Argument(str, required=False),
+    "standalone": Argument(bool, required=False),
+    "raw": Argument(bool, required=False),
+    "hash": Argument(str, required=False),
+    "engine": Argument(str, required=False),
+    "format": Argument(str, required=False),
+    "image-options": Argument(dict, required=False),
+    "secret-file": Argument(str, required=False),
+}
+"""The members of :class:`cowkit.diff.ImageOptions`."""
 
 
 class DiskCommands:
@@ -49,17 +64,19 @@ class DiskCommands:
                     "base": Argument(str, required=False),
                     "base-path": Argument(str, required=False),
                     "backing-format": Argument(str, required=False),
-                    "cluster-size": Argument(int, required=False),
-                    "subclusters": Argument(bool, required=False),
-                    "compress": Argument(str, required=False),
-                    "bitmap": Argument(str, required=False),
-                    "standalone": Argument(bool, required=False),
-                    "raw": Argument(bool, required=False),
-                    "hash": Argument(str, required=False),
-                    "engine": Argument(str, required=False),
-                    "format": Argument(str, required=False),
-                    "image-options": Argument(dict, required=False),
-                    "secret-file": Argument(str, required=False),
+                    **_KIND_OF_IMAGE,
+                    "changes": Argument(bool, required=False),
+                    "files": Argument(bool, required=False),
+                },
+            ),
+            "cowkit-changes": Command(
+                self._changes,
+                {
+                    "since": Argument(str, required=False),
+                    "at": Argument(str, required=False),
+                    "files": Argument(bool, required=False),
+                    "estimate": Argument(bool, required=False),
+                    **_KIND_OF_IMAGE,
                 },
             ),
         }
@@ -109,20 +126,18 @@ class DiskCommands:
                 raise ControlError(
                     f"{name} {given!r} is relative, and the server is in a directory of its own: make it absolute"
                 )
+        from cowkit.diff import ImageOptions, backing_name
+
         backing_file = arguments.get("backing-file")
         since = arguments.get("since")
-        from cowkit.diff.options import STACKABLE
-
-        whole = arguments.get("standalone", False) or arguments.get("raw", False) or since is not None
-        whole = whole or arguments.get("format", "qcow2") not in STACKABLE
+        kind = _kind(arguments)
+        whole = since is not None or not ImageOptions(**kind).names_base
         refusal = self._disk.engine.base.backing_refusal
         if backing_file is None and refusal is not None and not whole:
             raise ControlError(refusal)
         if backing_file is None and base is not None and self._disk.engine.base.path is not None and not whole:
             if base_path is None:
                 raise ControlError("base makes no sense without base-path, the same as an absolute path")
-            from cowkit.diff import backing_name
-
             backing_file = backing_name(base, base_path, path)
         report = self._disk.diff(
             path,
@@ -130,20 +145,34 @@ class DiskCommands:
             at=arguments.get("at"),
             backing_file=backing_file,
             backing_format=arguments.get("backing-format"),
-            cluster_size=arguments.get("cluster-size"),
-            subclusters=arguments.get("subclusters", False),
-            compress=arguments.get("compress"),
-            bitmap=arguments.get("bitmap"),
-            standalone=arguments.get("standalone", False),
-            raw=arguments.get("raw", False),
-            hash=arguments.get("hash"),
-            engine=arguments.get("engine"),
-            format=arguments.get("format"),
-            image_options=arguments.get("image-options"),
-            secret_file=arguments.get("secret-file"),
+            **kind,
             progress=_progress(context),
+            changes=arguments.get("changes", False),
+            files=arguments.get("files", False),
         )
         return {"report": report.to_json(), "summary": report.summary()}
+
+    def _changes(self, context: CommandContext, arguments: _Arguments) -> Any:
+        """What changed; with ``estimate``, how large the image would be that the other members ask for."""
+        from cowkit.diff import ImageOptions
+
+        kind = _kind(arguments)
+        estimate = arguments.get("estimate", False)
+        if kind and not estimate:
+            raise ControlError(f"{', '.join(kind)} make no sense without estimate")
+        report = self._disk.changes(
+            since=arguments.get("since"),
+            at=arguments.get("at"),
+            files=arguments.get("files", False),
+            image=ImageOptions(**kind) if estimate else None,
+            progress=_progress(context),
+        )
+        return {"report": report.to_json()}
+
+
+def _kind(arguments: _Arguments) -> dict[str, Any]:
+    """The members that say what kind of image is asked for, by their names in :class:`cowkit.diff.ImageOptions`."""
+    return {name.replace("-", "_"): arguments[name] for name in _KIND_OF_IMAGE if name in arguments}
 
 
 def _progress(context: CommandContext) -> Callable[[int, int], None]:

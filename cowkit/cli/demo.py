@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cowkit.cli.strip import strip
+from cowkit.diff.answers.strip import strip
 from cowkit.disk.extent import Kind
 from cowkit.disk.sizes import format_size
 from cowkit.errors import DiffError, MissingToolError, OutputError, ToolFailedError

@@ -1,24 +1,22 @@
-"""`cowkit diff`: keep what changed on a disk that is being served."""
+"""`cowkit diff`: keep what changed on a disk that is being served, or tell of it."""
 
 from __future__ import annotations
 
 import argparse
 import os
-import sys
-import time
 
 from cowkit.cli import foreign
+from cowkit.cli.answers import add_answer_arguments, as_json, is_asked, show
 from cowkit.cli.arguments import file_argument
 from cowkit.cli.choose import add_choice, choose
-from cowkit.cli.foreign import by_key
+from cowkit.cli.image_arguments import add_image_arguments, as_members, asked_kind, option_of
+from cowkit.cli.progress import Bar
+from cowkit.errors import UsageError
 from cowkit.server.control_client import ControlClient
 
 TYPE_CHECKING = False  # as typing has it, which takes long to import
 if TYPE_CHECKING:
-    from types import TracebackType
-    from typing import Any, Self
-
-    from rich.progress import Progress, TaskID
+    from typing import Any
 
 DESCRIPTION = (
     "Write what changed on a disk that `cowkit serve` or `cowkit run` serves (or what differs between any other source and a base) "
@@ -33,25 +31,22 @@ cowkit diff --base disk.img --since monday --backing d1.qcow2 -o d2.qcow2
 cowkit diff --base disk.img -o small.qcow2 --subclusters
 cowkit diff --base disk.img -o alone.qcow2 --no-backing --compress zlib
 cowkit diff --base disk.img -o now.img --raw
+cowkit diff --base disk.img --stat --files         # what changed, without writing anything
+cowkit diff --base disk.img --estimate --subclusters
+cowkit diff --base disk.img --from nbd://host/export -o diff.qcow2
+cowkit diff --base disk.img --from overlay.vmdk -o diff.qcow2
 cowkit diff --base disk.img -o diff.qcow2 --engine qemu-img
 cowkit diff --base disk.img -o now.vmdk -O vmdk --image-option subformat=streamOptimized
 cowkit diff --base disk.img -o secret.qcow2 --secret-file key.txt
-cowkit diff --base disk.img --from nbd://host/export -o diff.qcow2
-cowkit diff --base disk.img --from overlay.vmdk -o diff.qcow2
+cowkit diff --base disk.img -o changes.rbd -O rbd && rbd import-diff changes.rbd pool/image
 qemu-img compare diff.qcow2 disk.img   # what to do with it: any tool that reads qcow2
 """
-
-_PATIENCE_SECONDS = 1.0
-PROGRESS_EVENT = "COWKIT_DIFF_PROGRESS"
-"""What the server emits while it works: ``done`` and ``total``, in bytes."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `cowkit diff` takes."""
     file_argument(
-        parser.add_argument(
-            "-o", "--output", metavar="OUT", required=True, help="the qcow2 image to write; replaced if it exists"
-        )
+        parser.add_argument("-o", "--output", metavar="OUT", help="the qcow2 image to write; replaced if it exists")
     )
     parser.add_argument(
         "--backing",
@@ -59,7 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="the name of the base to record in OUT (default: BASE's path; if that is relative, as seen from OUT's directory)",
     )
+    parser.add_argument(
+        "--backing-format", metavar="FORMAT", help="the format of the base to record (default: what it is)"
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON, with each extent that changed")
+    parser.add_argument(
+        "--json-schema", action="store_true", help="print the JSON Schema of what --json prints, and do nothing else"
+    )
     parser.add_argument("--exit-code", action="store_true", help="end with status 1 if anything changed, and 0 if not")
     add_choice(
         parser,
@@ -67,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         more="; or, with --base, any other NBD URI, or an image file of a format that QEMU reads",
     )
     foreign.add_arguments(parser)
+    add_answer_arguments(parser)
     states = parser.add_argument_group("which two states (default: the base, and now)")
     states.add_argument(
         "--since",
@@ -74,176 +76,105 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="only what changed since that checkpoint, on top of what was kept of it, which --backing names",
     )
     states.add_argument("--at", metavar="CHECKPOINT", help="what was there at that checkpoint instead of now")
-    image = parser.add_argument_group("what kind of image (default: qcow2 on top of the base)")
-    image.add_argument(
-        "--cluster-size",
-        metavar="SIZE",
-        help="of qcow2: a power of two from 4K to 2M (default: 64K)",
-    )
-    image.add_argument(
-        "--subclusters",
-        action="store_true",
-        help="divide clusters by 32, so that a small change costs little (needs QEMU 5.2 to read it)",
-    )
-    image.add_argument(
-        "--compress", choices=("zlib", "zstd"), help="compress each cluster (zstd: needs QEMU 5.1 to read it)"
-    )
-    image.add_argument("--bitmap", metavar="NAME", help="put in what is dirty as a persistent bitmap of that name")
-    image.add_argument(
-        "--backing-format", metavar="FORMAT", help="the format of the base to record (default: what it is)"
-    )
-    image.add_argument(
-        "--no-backing", dest="standalone", action="store_true", help="have all of the disk in OUT, and no backing file"
-    )
-    image.add_argument(
-        "--hash",
-        choices=("sampled", "full"),
-        help="record a digest of some blocks of the base, or of all of it, which is then read (default: sampled)",
-    )
-    image.add_argument(
-        "--raw", action="store_true", help="write a sparse raw file with all of the disk instead of qcow2"
-    )
-    engine = parser.add_argument_group("who writes it (default: cowkit; whatever only QEMU can write: qmp)")
-    engine.add_argument(
-        "--engine",
-        choices=("native", "qemu-img", "qmp"),
-        help="cowkit itself, qemu-img (create and rebase), or a qemu-storage-daemon that is driven over QMP",
-    )
-    engine.add_argument(
-        "-O",
-        "--output-format",
-        dest="output_format",
-        metavar="FORMAT",
-        help="the image's format as QEMU names it, such as vmdk or qed (default: qcow2)",
-    )
-    engine.add_argument(
-        "--image-option",
-        dest="image_options",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        help="QEMU's own option for making an image of that format, such as encrypt.format=luks; may be given again",
-    )
-    file_argument(
-        engine.add_argument(
-            "--secret-file",
-            metavar="FILE",
-            help="encrypt the image: the content of FILE, to its last byte, is the passphrase",
-        )
-    )
+    add_image_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Ask the server for the difference, or compare a source that has none."""
-    with _Bar() as bar:
+    """Have the difference written, or answers given about it."""
+    if arguments.json_schema:
+        from cowkit.diff.answers.schema import schema_text
+
+        print(schema_text(), end="")
+        return 0
+    if arguments.output is None:
+        return _answer(arguments)
+    if arguments.estimate:
+        raise UsageError("--estimate tells how large OUT would be, and -o writes it: leave out one of them")
+    if arguments.output == "-":
+        raise UsageError("a difference cannot be written to standard output: name a file (./- if it is to be called -)")
+    with Bar() as bar:
         kept = foreign.keep(arguments, bar.update)
     if kept is not None:
-        return _said(arguments, kept.to_json(), kept.summary())
+        report: dict[str, Any] = kept.to_json()
+        summary, name = kept.summary(), os.path.basename(arguments.output)
+    else:
+        report, summary, name = _kept_by_server(arguments)
+    print(as_json(report) if arguments.json else summary)
+    if is_asked(arguments) and _show(report["changes"], arguments, name):
+        return 2
+    return 1 if arguments.exit_code and report["changed_bytes"] else 0
+
+
+def _kept_by_server(arguments: argparse.Namespace) -> tuple[dict[str, Any], str, str]:
+    """Ask the server for the difference: its report and summary, and the disk's name."""
     server = choose(arguments.base, arguments.source)
     # Not checked here: the server writes it, and knows best
     folder = "/" if arguments.output.endswith("/") else ""  # which abspath drops, and a file is no folder
-    asked: dict[str, Any] = {"path": os.path.abspath(arguments.output) + folder, **_kind(arguments)}
+    asked: dict[str, Any] = {"path": os.path.abspath(arguments.output) + folder, **_states(arguments)}
+    asked |= as_members(asked_kind(arguments))
+    if arguments.backing_format is not None:
+        asked["backing-format"] = arguments.backing_format
     if arguments.backing_file is not None:
         asked["backing-file"] = arguments.backing_file
     elif arguments.base is not None:
         asked |= {"base": arguments.base, "base-path": os.path.abspath(arguments.base)}
-    with ControlClient(server.control) as client, _Bar() as bar:
+    if is_asked(arguments):
+        asked |= {"changes": True, "files": arguments.files}
+    with ControlClient(server.control) as client, Bar() as bar:
         answer = client.execute("cowkit-diff", asked, on_event=bar.event)
-    return _said(arguments, answer["report"], answer["summary"])
+    return answer["report"], answer["summary"], server.name
 
 
-def _said(arguments: argparse.Namespace, report: dict[str, Any], summary: str) -> int:
-    """Print what was asked for, and return the exit status."""
-    print(_as_json(report) if arguments.json else summary)
+def _answer(arguments: argparse.Namespace) -> int:
+    """Tell what changed; nothing is written but a picture."""
+    if not is_asked(arguments):
+        raise UsageError(
+            "nothing to do: give -o OUT to write the difference, or --stat, --map, --svg, --files or --estimate to be told "
+            "of it (see `cowkit diff --help`)"
+        )
+    if arguments.backing_file is not None or arguments.backing_format is not None:
+        raise UsageError("--backing and --backing-format are for what -o writes: give -o OUT, or leave them out")
+    kind = asked_kind(arguments)
+    if kind and not arguments.estimate:
+        raise UsageError(
+            f"{option_of(next(iter(kind)))} says what kind of image: give -o OUT to write one, or --estimate to learn its size"
+        )
+    with Bar() as bar:
+        found = foreign.look(arguments, bar.update)
+    if found is not None:
+        report, name = found.to_json(), os.path.basename(arguments.source or arguments.base)
+    else:
+        report, name = _told_by_server(arguments, kind)
+    if arguments.json:
+        print(as_json(report))
+    if _show(report, arguments, name):
+        return 2
     return 1 if arguments.exit_code and report["changed_bytes"] else 0
 
 
-def _kind(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The members that say what kind of image is asked for."""
-    asked: dict[str, Any] = {}
-    for name in (
-        "since",
-        "at",
-        "backing_format",
-        "subclusters",
-        "compress",
-        "bitmap",
-        "standalone",
-        "raw",
-        "hash",
-        "engine",
-    ):
-        value = getattr(arguments, name)
-        if value is not None and value is not False:
-            asked[name.replace("_", "-")] = value
-    if arguments.cluster_size is not None:
-        from cowkit.disk.sizes import parse_size  # the engine, for those who need it
-
-        asked["cluster-size"] = parse_size(arguments.cluster_size, what="cluster size")
-    if arguments.output_format is not None:
-        asked["format"] = arguments.output_format
-    if arguments.image_options:
-        asked["image-options"] = by_key(arguments.image_options)
-    if arguments.secret_file is not None:
-        asked["secret-file"] = os.path.abspath(arguments.secret_file)
-    return asked
+def _told_by_server(arguments: argparse.Namespace, kind: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Ask the server what changed: its report, and the disk's name."""
+    server = choose(arguments.base, arguments.source)
+    asked: dict[str, Any] = {**_states(arguments), "files": arguments.files}
+    if arguments.estimate:
+        asked |= {"estimate": True, **as_members(kind)}
+    with ControlClient(server.control) as client, Bar() as bar:
+        return client.execute("cowkit-changes", asked, on_event=bar.event)["report"], server.name
 
 
-def _as_json(report: dict[str, Any]) -> str:
-    """The report with a line for each member and for each extent (``indent`` takes json ten times as long)."""
-    from json import dumps
-
-    lines = []
-    for name, value in report.items():
-        text = dumps(value)
-        if isinstance(value, list):
-            text = text.replace("}, {", "},\n    {")  # numbers and words of ours
-        lines.append(f"  {dumps(name)}: {text}")
-    return "{\n" + ",\n".join(lines) + "\n}"
+def _states(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name in ("since", "at") if (value := getattr(arguments, name)) is not None}
 
 
-class _Bar:
-    """A progress bar on standard error, if that is a terminal and it takes long enough to look at one."""
+def _show(report: dict[str, Any], arguments: argparse.Namespace, name: str) -> bool:
+    """Print the answers, or with --json no more than write the picture; whether files were asked for and could not be told."""
+    from cowkit.cli.answers import tell_problems, write_picture
+    from cowkit.diff.answers import ChangesReport
 
-    def __init__(self) -> None:
-        self._started = time.monotonic()
-        self._wanted = sys.stderr is not None and sys.stderr.isatty()
-        self._shown: tuple[Progress, TaskID] | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._shown:
-            self._shown[0].stop()
-
-    def event(self, name: str, data: dict[str, Any]) -> None:
-        """What the server emits while it works."""
-        if name == PROGRESS_EVENT:
-            self.update(data["done"], data["total"])
-
-    def update(self, done: int, total: int) -> None:
-        """So much is done, in bytes."""
-        if not self._wanted or time.monotonic() - self._started < _PATIENCE_SECONDS:
-            return
-        if self._shown is None:
-            self._shown = self._show(total)
-        progress, task = self._shown
-        progress.update(task, completed=done, total=total)
-
-    def _show(self, total: int) -> tuple[Progress, TaskID]:
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(binary_units=True),
-            TimeRemainingColumn(),
-        )
-        progress = Progress(*columns, console=Console(stderr=True), transient=True)
-        task = progress.add_task("diff", total=total)
-        progress.start()
-        return progress, task
+    found = ChangesReport.from_json(report)
+    title = f"{name}: what changed" + (f" since {arguments.since}" if arguments.since is not None else "")
+    if arguments.json:
+        write_picture(found, arguments.svg, title)
+    else:
+        show(found, arguments, title)
+    return tell_problems(found)

@@ -12,16 +12,22 @@ import os
 import re
 import stat
 
+from cowkit.cli.answers import is_asked
 from cowkit.cli.choose import choose, matching, serves
+from cowkit.cli.image_arguments import image_options
 from cowkit.errors import ControlError, UsageError
 from cowkit.server.control_client import ControlClient
 
 TYPE_CHECKING = False  # as typing has it, which takes long to import
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import TypeVar
 
     from cowkit.diff import DiffReport
+    from cowkit.diff.answers import ChangesReport
     from cowkit.server.runtime import ServerInfo
+
+    T = TypeVar("T")
 
 _URI = re.compile(r"nbds?(\+[a-z]+)?://", re.IGNORECASE)
 
@@ -47,14 +53,58 @@ def keep(arguments: argparse.Namespace, progress: Callable[[int, int], None]) ->
     :raises UsageError: an option makes sense for the other kind of source alone.
     :raises ControlError: there is no base.
     """
+
+    def compare(now: str, format: str | None) -> DiffReport:
+        from cowkit.keeping.foreign import keep_foreign
+
+        return keep_foreign(
+            now,
+            arguments.base,
+            arguments.output,
+            options=image_options(arguments),
+            now_format=format,
+            base_format=arguments.base_format,
+            context=arguments.from_context,
+            backing_file=arguments.backing_file,
+            backing_format=arguments.backing_format,
+            progress=progress,
+            changes=is_asked(arguments),
+            files=arguments.files,
+        )
+
+    return _of_foreign(arguments, compare)
+
+
+def look(arguments: argparse.Namespace, progress: Callable[[int, int], None]) -> ChangesReport | None:
+    """The same, but tell of it, and write nothing."""
+
+    def compare(now: str, format: str | None) -> ChangesReport:
+        from cowkit.keeping.foreign import look_at_foreign
+
+        return look_at_foreign(
+            now,
+            arguments.base,
+            now_format=format,
+            base_format=arguments.base_format,
+            context=arguments.from_context,
+            files=arguments.files,
+            image=image_options(arguments) if arguments.estimate else None,
+            progress=progress,
+        )
+
+    return _of_foreign(arguments, compare)
+
+
+def _of_foreign(arguments: argparse.Namespace, compare: Callable[[str, str | None], T]) -> T | None:
+    """What ``compare`` has of a foreign source and its format; None where it is none."""
     if _is_foreign(arguments):
-        return _compare(arguments.source, arguments.from_format, arguments, progress)
+        return compare(arguments.source, arguments.from_format)
     server = _server_below(arguments)
     if server is None:
         return None
     fd = _kept_by(server, arguments)
     try:
-        return _compare(f"/proc/{os.getpid()}/fd/{fd}", "qcow2", arguments, progress)
+        return compare(f"/proc/{os.getpid()}/fd/{fd}", "qcow2")
     finally:
         os.close(fd)
 
@@ -109,7 +159,12 @@ def _server_below(arguments: argparse.Namespace) -> ServerInfo | None:
 def _kept_by(server: ServerInfo, arguments: argparse.Namespace) -> int:
     """A descriptor of a file without a name that has all that changed on the server's disk, on top of its base."""
     assert server.base is not None
-    folder = os.path.dirname(os.path.realpath(arguments.output))
+    if arguments.output is not None:
+        folder = os.path.dirname(os.path.realpath(arguments.output))
+    else:
+        from cowkit.disk.layer import default_directory  # the engine, for those who need it
+
+        folder = os.path.realpath(default_directory())
     path = os.path.join(folder, f".cowkit-{os.urandom(8).hex()}.tmp")
     asked = {"path": path, "backing-file": os.path.realpath(server.base)}
     if arguments.at is not None:
@@ -121,48 +176,3 @@ def _kept_by(server: ServerInfo, arguments: argparse.Namespace) -> int:
     finally:
         with contextlib.suppress(OSError):
             os.unlink(path)
-
-
-def _compare(
-    source: str, format: str | None, arguments: argparse.Namespace, progress: Callable[[int, int], None]
-) -> DiffReport:
-    from cowkit.diff import ImageOptions
-    from cowkit.keeping.foreign import keep_foreign
-
-    return keep_foreign(
-        source,
-        arguments.base,
-        arguments.output,
-        options=ImageOptions(
-            arguments.cluster_size,
-            arguments.subclusters,
-            arguments.compress,
-            arguments.bitmap,
-            arguments.standalone,
-            arguments.raw,
-            arguments.hash,
-            arguments.engine,
-            arguments.output_format,
-            by_key(arguments.image_options) or None,
-            arguments.secret_file,
-        ),
-        now_format=format,
-        base_format=arguments.base_format,
-        context=arguments.from_context,
-        backing_file=arguments.backing_file,
-        backing_format=arguments.backing_format,
-        progress=progress,
-    )
-
-
-def by_key(options: list[str]) -> dict[str, str]:
-    """KEY=VALUE, each of them once."""
-    found: dict[str, str] = {}
-    for each in options:
-        key, equals, value = each.partition("=")
-        if not key or not equals:
-            raise UsageError(f"--image-option takes KEY=VALUE, not {each!r}")
-        if key in found:
-            raise UsageError(f"--image-option {key} is given twice")
-        found[key] = value
-    return found

@@ -67,10 +67,15 @@ def complain(error: Exception) -> None:
     note(" ".join(text.split("\n")))
 
 
+def printable(text: str) -> str:
+    """``text`` without what would move a terminal's cursor."""
+    return text.translate(_ESCAPED)
+
+
 def note(text: str) -> None:
     """Tell the user ``text`` on standard error; whether anybody reads it makes no difference."""
     try:
-        print(f"cowkit: {text.translate(_ESCAPED)}", file=sys.stderr, flush=True)
+        print(f"cowkit: {printable(text)}", file=sys.stderr, flush=True)
     except (OSError, ValueError):
         pass
 

@@ -8,7 +8,14 @@ from typing import Any
 from cowkit.errors import ControlError
 from cowkit.server.control import Command, CommandContext
 
-_OF_ONE_DISK = ("cowkit-query-checkpoints", "cowkit-checkpoint", "cowkit-rollback", "cowkit-reset", "cowkit-diff")
+_OF_ONE_DISK = (
+    "cowkit-query-checkpoints",
+    "cowkit-checkpoint",
+    "cowkit-rollback",
+    "cowkit-reset",
+    "cowkit-diff",
+    "cowkit-changes",
+)
 
 
 def shared_commands(

@@ -49,5 +49,12 @@ TOOLS = (
     Tool("fio", "measuring speed (with its nbd engine)", _LONG, "fio", "fio"),
     Tool("mke2fs", "making a file system on a disk, as `cowkit demo` does", _SHORT, "e2fsprogs", "e2fsprogs"),
     Tool("e2fsck", "checking that file system", _SHORT, "e2fsprogs", "e2fsprogs"),
-    Tool("debugfs", "looking into that file system without mounting it", _SHORT, "e2fsprogs", "e2fsprogs"),
+    Tool("debugfs", "telling which of its files changed (`cowkit diff --files`)", _SHORT, "e2fsprogs", "e2fsprogs"),
+    Tool(
+        "guestfish",
+        "telling which files of xfs, vfat, ntfs and others changed",
+        _LONG,
+        "libguestfs-tools",
+        "guestfs-tools",
+    ),
 )

@@ -28,6 +28,8 @@ class Order(NamedTuple):
     identity: BaseIdentity | None
     """Who the base is, for the image to record where it has a place for that."""
     progress: Progress | None
+    snapshots: tuple[str | None, str | None] = (None, None)
+    """What an rbd difference calls the state before and the state now; None where they have no names."""
 
 
 class Filled(NamedTuple):

@@ -13,14 +13,16 @@ from cowkit.diff.batch import Batch
 from cowkit.diff.changed import Changes
 from cowkit.diff.engine import Engine, Filled, Order
 from cowkit.diff.identity import BaseIdentity, Progress, identify, sampled_bytes
+from cowkit.diff.image_output import ImageOutput
 from cowkit.diff.options import EngineName, ImageOptions
 from cowkit.diff.output import AtomicOutput
 from cowkit.diff.qcow2.bitmap_writer import add_bitmap, granularity_for
 from cowkit.diff.qcow2.header import backing_chain
-from cowkit.diff.qcow2.layout import LONGEST_BACKING_NAME, Geometry, check_format_name, geometry
+from cowkit.diff.qcow2.layout import LONGEST_BACKING_NAME, Geometry, check_format_name, geometry, image_size
 from cowkit.diff.qcow2.subcluster_writer import SubclusterWriter
 from cowkit.diff.qcow2.writer import Qcow2Writer
 from cowkit.diff.raw_writer import RawWriter
+from cowkit.diff.rbd_writer import RbdWriter
 from cowkit.diff.report import DiffReport, amounts
 from cowkit.diff.whole import Whole
 from cowkit.disk.view_base import ViewBase
@@ -43,6 +45,7 @@ def write_diff(
     options: ImageOptions = DEFAULTS,
     engine: Engine | None = None,
     spare: Iterable[str] = (),
+    snapshots: tuple[str | None, str | None] = (None, None),
 ) -> DiffReport:
     """Write what differs between ``view`` and its base to an image at ``path``, all at once or not at all.
 
@@ -56,6 +59,7 @@ def write_diff(
     :param options: the kind of image; qcow2 version 3 with clusters of 64 KiB unless given.
     :param engine: who writes it: cowkit itself, unless given.
     :param spare: files that ``path`` must not be, beside those that the image stands on.
+    :param snapshots: what an rbd difference calls the state before and the state now.
     :raises UsageError: the options make no sense, the disk is too large for them, or ``backing_file`` does not fit the disk.
     :raises OutputError: the image cannot be written; an old file at ``path`` is as it was.
     :raises BaseChangedError: the base is not what it was when the disk was opened; an old file is as it was.
@@ -63,13 +67,14 @@ def write_diff(
     begun = time.perf_counter()
     engine = engine or NATIVE
     options.check()
-    shape = geometry(view.size, options.cluster, subclusters=options.subclusters)
+    shape = shape_for(view.size, options)
     if options.bitmap is not None and not view.size:
         raise UsageError("an empty disk has nothing for a bitmap to mark, and QEMU refuses such an image: leave it out")
-    if backing_file is None and not options.has_all and (view.base.path or view.base.given):
+    if backing_file is None and options.names_base and (view.base.path or view.base.given):
         raise UsageError(f"a difference to {view.base.given} needs a name for it: give backing_file")
-    if backing_file is not None and options.has_all:
-        raise UsageError(f"an image with all of the disk has no backing file: leave out {backing_file}")
+    if backing_file is not None and not options.names_base:
+        what = "a difference for rbd" if options.is_rbd else "an image with all of the disk"
+        raise UsageError(f"{what} has no backing file: leave out {backing_file}")
     if backing_file is not None:
         _checked(backing_file)
     check_format_name(backing_format)
@@ -79,7 +84,8 @@ def write_diff(
         identity = None
         if backing_file is not None and options.kind == "qcow2":
             identity, progress = identity_of(view, full=options.hash == "full", progress=progress)
-        filled = engine.fill(Order(view, shape, backing_file, backing_format, options, identity, progress), output)
+        order = Order(view, shape, backing_file, backing_format, options, identity, progress, snapshots)
+        filled = engine.fill(order, output)
         view.base.verify_path()
     tally = filled.tally
     changed_bytes, changed_extents, zeroed_bytes, zeroed_extents = amounts(tally.changed)
@@ -104,40 +110,60 @@ def write_diff(
     )
 
 
+def shape_for(size: int, options: ImageOptions) -> Geometry:
+    """The geometry of the image of a disk of ``size`` bytes.
+
+    :raises UsageError: the disk is too large for it.
+    """
+    if options.is_raw or options.is_rbd:  # without tables that could be too small
+        return Geometry(image_size(size), options.cluster)
+    return geometry(size, options.cluster, subclusters=options.subclusters)
+
+
 class Native:
     """Writes images without any other program."""
 
     name: EngineName = "native"
 
-    def fill(self, order: Order, output: AtomicOutput) -> Filled:
+    def fill(self, order: Order, output: ImageOutput) -> Filled:
         """See :meth:`cowkit.diff.engine.Engine.fill`."""
         view, shape, options = order.view, order.shape, order.options
-        name = None if order.backing_file is None else _checked(order.backing_file)
         # The other kinds of image must see their content, or have it where it belongs.
-        plain = not (options.has_all or options.subclusters or options.compress)
+        plain = not (options.has_all or options.is_rbd or options.subclusters or options.compress)
         changes = Changes(view, shape.grain, order.progress, in_parts=plain)
         with closing(changes):
             found: Iterable[Batch] = Whole(view, changes, shape.grain) if options.has_all else changes
             batches = _one_at_a_time(found, output)
-            if options.is_raw:
-                raw = RawWriter(output, view.size)
+            if options.is_raw or options.is_rbd:
+                stream: RawWriter | RbdWriter
+                if options.is_rbd:
+                    since, at = order.snapshots
+                    stream = RbdWriter(output, view.size, since=since, at=at)
+                else:
+                    stream = RawWriter(output, view.size)
                 for batch in batches:
-                    raw.add(batch)
-                raw.finish()
+                    stream.add(batch)
+                stream.finish()
                 return Filled(changes.tally, view.size)
-            with _writer(output, shape, name, order.backing_format, options) as writer:
-                writer.identity = order.identity and order.identity.to_bytes()
-                for batch in batches:
-                    writer.add(batch)
-                bitmaps = None
-                if options.bitmap is not None:
-                    granularity = granularity_for(view.size, view.block_size)
-                    bitmaps = add_bitmap(writer, options.bitmap, view.dirty_extents(), granularity)
-                writer.finish(bitmaps)
+            self._qcow2(order, output, batches)
         return Filled(changes.tally, shape.size)
 
+    @staticmethod
+    def _qcow2(order: Order, output: ImageOutput, batches: Iterable[Batch]) -> None:
+        view, options = order.view, order.options
+        name = None if order.backing_file is None else _checked(order.backing_file)
+        with _writer(output, order.shape, name, order.backing_format, options) as writer:
+            writer.identity = order.identity and order.identity.to_bytes()
+            for batch in batches:
+                writer.add(batch)
+            bitmaps = None
+            if options.bitmap is not None:
+                granularity = granularity_for(view.size, view.block_size)
+                bitmaps = add_bitmap(writer, options.bitmap, view.dirty_extents(), granularity)
+            writer.finish(bitmaps)
 
-NATIVE: Engine = Native()
+
+NATIVE = Native()
 
 
 @contextmanager
@@ -186,7 +212,7 @@ def _cost(identity: BaseIdentity) -> int:
     return sampled_bytes(identity.size) + (identity.size if identity.full is not None else 0)
 
 
-def _one_at_a_time(batches: Iterable[Batch], output: AtomicOutput) -> Iterator[Batch]:
+def _one_at_a_time(batches: Iterable[Batch], output: ImageOutput) -> Iterator[Batch]:
     """The same, but a batch's memory is never used for another one while it is still being written."""
     for batch in batches:
         if not batch.data:  # whose writing would wait for that of the last one
@@ -196,7 +222,7 @@ def _one_at_a_time(batches: Iterable[Batch], output: AtomicOutput) -> Iterator[B
 
 @contextmanager
 def _writer(
-    output: AtomicOutput, shape: Geometry, name: bytes | None, backing_format: str, options: ImageOptions
+    output: ImageOutput, shape: Geometry, name: bytes | None, backing_format: str, options: ImageOptions
 ) -> Iterator[Qcow2Writer]:
     if options.compress is not None:
         from cowkit.diff.qcow2.compressed_writer import CompressedWriter  # its thread pool takes 10 ms to import

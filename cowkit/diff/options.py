@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, get_args
 
 from cowkit.diff.identity import Hash
 from cowkit.diff.qcow2.bitmap_writer import check_bitmap_name
-from cowkit.diff.qcow2.layout import DEFAULT_CLUSTER, check_cluster_size
+from cowkit.diff.qcow2.layout import DEFAULT_CLUSTER, SMALLEST_CLUSTER, check_cluster_size
 from cowkit.disk.sizes import parse_size
 from cowkit.errors import UsageError
 
@@ -20,6 +20,9 @@ STACKABLE = frozenset({"qcow2", "qed"})
 """Formats whose images have the name and the format of a backing file in them, and so can be differences."""
 
 _OF_QCOW2 = ("cluster_size", "subclusters", "compress", "bitmap")
+
+_OUR_KINDS = ("qcow2", "raw", "rbd")
+"""What cowkit writes by itself."""
 
 _OURS = ("backing-file", "backing-fmt", "data-file", "driver", "extents", "file", "size")
 """QEMU's options for making an image that are not for users to choose."""
@@ -47,7 +50,7 @@ class ImageOptions(NamedTuple):
     engine: EngineName | None = None
     """Who writes the image; cowkit itself, unless given or only QEMU can."""
     format: str | None = None
-    """The image's format as QEMU names it; qcow2 unless given."""
+    """The image's format as QEMU names it, or ``"rbd"``: what Ceph's `rbd import-diff` reads; qcow2 unless given."""
     image_options: Mapping[str, str | int | bool] | None = None
     """QEMU's options for making an image of that format, such as ``{"encrypt.format": "luks"}``."""
     secret_file: str | None = None
@@ -56,7 +59,7 @@ class ImageOptions(NamedTuple):
     @property
     def has_all(self) -> bool:
         """Whether the image needs no base."""
-        return self.standalone or self.kind not in STACKABLE
+        return self.standalone or not (self.kind in STACKABLE or self.is_rbd)
 
     @property
     def kind(self) -> str:
@@ -71,9 +74,14 @@ class ImageOptions(NamedTuple):
         return self.kind == "raw"
 
     @property
+    def is_rbd(self) -> bool:
+        """Whether it is a stream for Ceph's `rbd import-diff`; ``cluster_size`` is then what is compared at once, 4 KiB unless given."""
+        return self.kind == "rbd"
+
+    @property
     def needs_qemu(self) -> str | None:
         """What of the image only the engine qmp can write, in words; None where each engine can."""
-        if self.kind not in ("raw", "qcow2"):
+        if self.kind not in _OUR_KINDS:
             return f"the format {self.kind!r}"
         if self.image_options:
             return f"the image option {next(iter(self.image_options))!r}"
@@ -87,10 +95,15 @@ class ImageOptions(NamedTuple):
         return "native" if self.needs_qemu is None else "qmp"
 
     @property
+    def names_base(self) -> bool:
+        """Whether the image records the name of its base, if there is one."""
+        return not (self.has_all or self.is_rbd)
+
+    @property
     def cluster(self) -> int:
         """The cluster size in bytes."""
         if self.cluster_size is None:
-            return DEFAULT_CLUSTER
+            return SMALLEST_CLUSTER if self.is_rbd else DEFAULT_CLUSTER
         return check_cluster_size(parse_size(self.cluster_size, what="cluster size"))
 
     def check(self) -> None:
@@ -112,6 +125,17 @@ class ImageOptions(NamedTuple):
                 "an image with all of the disk needs no base: leave out hash, which tells its base from others"
             )
         self._check_engine()
+        if self.is_rbd:
+            wrong = [
+                name
+                for name in (*_OF_QCOW2[1:], "standalone", "hash", "image_options", "secret_file")
+                if getattr(self, name)
+            ]
+            if wrong:
+                words = " and ".join(name.replace("_", " ") for name in wrong)
+                raise UsageError(f"a difference for rbd has no {words}: leave that out, or choose another format")
+            if self.engine not in (None, "native"):
+                raise UsageError(f"the engine {self.engine} cannot write what is for rbd: the engine native can")
         if self.compress is not None and self.compress not in get_args(Compression):
             raise UsageError(f"compress is 'zlib' or 'zstd', not {self.compress!r}")
         if self.compress is not None and self.subclusters:
@@ -129,7 +153,7 @@ class ImageOptions(NamedTuple):
             raise UsageError(f"the engine {self.engine} cannot write {self.needs_qemu}: the engine qmp can")
         if self.engine == "qemu-img" and self.bitmap is not None:
             raise UsageError("the engine qemu-img cannot put in a bitmap: the engines native and qmp can")
-        if self.kind not in ("raw", "qcow2"):
+        if self.kind not in _OUR_KINDS:
             wrong = [name for name in _OF_QCOW2 if getattr(self, name)]
             if wrong:
                 words = " and ".join(name.replace("_", " ") for name in wrong)

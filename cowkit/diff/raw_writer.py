@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from cowkit.diff.batch import Batch
-from cowkit.diff.output import AtomicOutput
+from cowkit.diff.image_output import ImageOutput
 
 
 class RawWriter:
     """A raw image of ``size`` bytes, written to ``output``; :meth:`finish` completes it."""
 
-    def __init__(self, output: AtomicOutput, size: int) -> None:
+    def __init__(self, output: ImageOutput, size: int) -> None:
         self._output = output
         self._size = size
 

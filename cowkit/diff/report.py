@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from cowkit.disk.extent import Extent, Kind
 from cowkit.disk.sizes import format_size
+
+if TYPE_CHECKING:
+    from cowkit.diff.answers.report import ChangesReport
 
 SCHEMA = 1
 """The version of what :meth:`DiffReport.to_json` returns; new keys do not change it."""
@@ -48,6 +51,8 @@ class DiffReport(NamedTuple):
     """Who wrote the image."""
     format: str = "qcow2"
     """The image's format as QEMU names it."""
+    changes: ChangesReport | None = None
+    """More about the very same moment, where that was asked for."""
 
     @property
     def identical_bytes(self) -> int:
@@ -76,6 +81,7 @@ class DiffReport(NamedTuple):
             "engine": self.engine,
             "format": self.format,
             "changed": [{"offset": e.offset, "length": e.length, "kind": str(e.kind)} for e in self.changed],
+            **({} if self.changes is None else {"changes": self.changes.to_json()}),
         }
 
     def summary(self) -> str:

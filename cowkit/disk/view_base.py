@@ -23,6 +23,9 @@ class Shown(Protocol):
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer`` from ``offset`` on."""
 
+    def dirty_extents(self) -> Iterator[Extent]:
+        """What was written or zeroed on top of the base, in order."""
+
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """The range as ``DATA``, and what reads as zeroes as ``ZERO`` or ``HOLE``."""
 

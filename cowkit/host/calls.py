@@ -80,7 +80,7 @@ class Calls:
         if operation == "pwrite":
             hosted.disk.pwrite(data, *arguments)
             return None, b""
-        if operation == "diff":
+        if operation in ("diff", "changes"):
             options["progress"] = self._progress(channel, reports=request.reports)
         return hosted.carry_out(operation, arguments, options, given), b""
 

@@ -29,9 +29,10 @@ def choose_backing(
     :param kept: ``base`` is an earlier state of a disk, which the user has kept in the file that ``name`` names.
     :raises UsageError: they do not fit the base, or are needed and missing.
     """
-    if options.has_all:
+    if not options.names_base:
         if name is not None or format is not None:
-            raise UsageError("an image with all of the disk has no backing file: leave out its name and format")
+            what = "a difference for rbd" if options.is_rbd else "an image with all of the disk"
+            raise UsageError(f"{what} has no backing file: leave out its name and format")
         return Backing(None, "raw")
     chosen = _found(base, path) if name is None else _checked(base, path, name, kept=kept)
     if format is None:

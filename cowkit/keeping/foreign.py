@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from cowkit.bases.image import ImageBase
 from cowkit.bases.nbd_client import ALLOCATION_DEPTH
@@ -15,7 +16,11 @@ from cowkit.disk import Base
 from cowkit.errors import BaseError
 from cowkit.keeping.backing import choose_backing
 from cowkit.keeping.engines import engine_for
+from cowkit.keeping.live import with_answers
 from cowkit.keeping.suspects import check_context, told_by, told_by_layers
+
+if TYPE_CHECKING:
+    from cowkit.diff.answers import ChangesReport
 
 
 def diff_images(
@@ -78,6 +83,8 @@ def keep_foreign(
     backing_file: str | None = None,
     backing_format: str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    changes: bool = False,
+    files: bool = False,
 ) -> DiffReport:
     """Write what differs between ``now`` and ``base`` to ``path``; see :func:`diff_images`."""
     options.check()
@@ -94,7 +101,26 @@ def keep_foreign(
                 engine=engine,
                 spare=[*_files(view.now), *_files(view.base)],
             )
-        return report._replace(bytes_read=view.bytes_read, dirty_extents=view.dirty_runs)
+        report = report._replace(bytes_read=view.bytes_read, dirty_extents=view.dirty_runs)
+        return with_answers(report, view, files=files, progress=progress) if changes or files else report
+
+
+def look_at_foreign(
+    now: str | os.PathLike[str],
+    base: str | os.PathLike[str],
+    *,
+    now_format: str | None = None,
+    base_format: str | None = None,
+    context: str | None = None,
+    files: bool = False,
+    image: ImageOptions | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> ChangesReport:
+    """What differs between ``now`` and ``base``, without writing anything; see :meth:`cowkit.CowDisk.changes`."""
+    from cowkit.diff.answers.look import look
+
+    with _compared(now, base, now_format, base_format, context, progress) as view:
+        return look(view, files=files, image=image)._replace(bytes_read=view.bytes_read)
 
 
 @contextmanager

@@ -25,6 +25,12 @@ class States(NamedTuple):
     at: Point | None = None
     """Up to this checkpoint; up to now, unless given."""
 
+    @property
+    def names(self) -> tuple[str | None, str | None]:
+        """What the checkpoints are called; None where there is none."""
+        since, at = (each.name if isinstance(each, Checkpoint) else each for each in self)
+        return since, at
+
 
 NOW = States()
 
@@ -38,6 +44,8 @@ def keep(
     backing_file: str | None = None,
     backing_format: str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    changes: bool = False,
+    files: bool = False,
 ) -> DiffReport:
     """Write the difference between two states of ``disk`` to ``path``; see :meth:`cowkit.CowDisk.diff`."""
     options.check()
@@ -46,7 +54,7 @@ def keep(
         since = states.since is not None
         backing = choose_backing(view.base, path, backing_file, backing_format, options, kept=since)
         with engine_for(view, options) as engine:
-            return write_diff(
+            report = write_diff(
                 view,
                 path,
                 backing_file=backing.name,
@@ -54,7 +62,26 @@ def keep(
                 progress=progress,
                 options=options,
                 engine=engine,
+                snapshots=states.names,
             )
+        if changes or files:
+            report = with_answers(report, view, files=files, progress=progress)
+        return report
+
+
+def with_answers(
+    report: DiffReport, view: View, *, files: bool, progress: Callable[[int, int], None] | None
+) -> DiffReport:
+    """The same report with more about the very same moment.
+
+    :param files: tell which files changed, too.
+    :param progress: called now and then; what it raises ends it.
+    """
+    from cowkit.diff.answers.look import answered
+
+    dirty = report.dirty_bytes
+    check = (lambda: progress(dirty, dirty)) if progress is not None else (lambda: None)
+    return report._replace(changes=answered(view, report.changed, files=files, check=check))
 
 
 def view_of(disk: Disk, states: States) -> View:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from cowkit.cli import diff as diff_command
+from cowkit.cli import progress as progress_module
 from cowkit.cli.control_commands import DiskCommands
 from cowkit.cow_disk import CowDisk
 from cowkit.diff import Qcow2Image
@@ -355,8 +355,8 @@ def test_a_relative_path_on_the_wire_is_refused(base: Path, serve: Serve) -> Non
                 client.execute("cowkit-diff", asked)
 
 
-def test_an_output_must_be_named(cowkit: Run) -> None:
-    assert "the following arguments are required: -o/--output" in complaint(cowkit("diff"))
+def test_an_output_or_an_answer_must_be_asked_for(cowkit: Run) -> None:
+    assert "give -o OUT to write the difference, or --stat" in complaint(cowkit("diff"))
 
 
 # The bar
@@ -371,12 +371,12 @@ def test_a_terminal_shows_a_bar_when_it_takes_long(monkeypatch: pytest.MonkeyPat
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
-    with diff_command._Bar() as bar:
-        bar.event(diff_command.PROGRESS_EVENT, {"done": 1, "total": 2})
+    with progress_module.Bar() as bar:
+        bar.event(progress_module.PROGRESS_EVENT, {"done": 1, "total": 2})
         assert terminal.getvalue() == "", "not yet"
-        monkeypatch.setattr(diff_command, "_PATIENCE_SECONDS", 0)
+        monkeypatch.setattr(progress_module, "_PATIENCE_SECONDS", 0)
         bar.event("OTHER", {})
-        bar.event(diff_command.PROGRESS_EVENT, {"done": 1 << 20, "total": 2 << 20})
+        bar.event(progress_module.PROGRESS_EVENT, {"done": 1 << 20, "total": 2 << 20})
     assert "1.0/2.0 MiB" in terminal.getvalue()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cowkit.cli.diff import PROGRESS_EVENT
+from cowkit.cli.progress import PROGRESS_EVENT
 from cowkit.errors import ControlError
 from cowkit.server.control_client import ControlClient
 from cowkit.server.runtime import running

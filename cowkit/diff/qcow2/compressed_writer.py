@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from cowkit.diff.batch import Batch, Run
-from cowkit.diff.output import AtomicOutput
+from cowkit.diff.image_output import ImageOutput
 from cowkit.diff.qcow2.compression import compressor
 from cowkit.diff.qcow2.layout import (
     COMPRESSED,
@@ -48,7 +48,7 @@ class CompressedWriter(Qcow2Writer):
     """
 
     def __init__(
-        self, output: AtomicOutput, shape: Geometry, *, backing_file: bytes | None, backing_format: str, method: str
+        self, output: ImageOutput, shape: Geometry, *, backing_file: bytes | None, backing_format: str, method: str
     ) -> None:
         super().__init__(output, shape, backing_file=backing_file, backing_format=backing_format)
         self.compression = COMPRESSION_TYPES.index(method)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from cowkit.diff.batch import Batch
-from cowkit.diff.output import AtomicOutput
+from cowkit.diff.image_output import ImageOutput
 from cowkit.diff.qcow2.layout import COPIED, ENTRY, READS_AS_ZERO, Bitmaps, Geometry, head_of_file, refcounts_for, up
 from cowkit.disk.extent import Kind
 
@@ -34,7 +34,7 @@ class Qcow2Writer:
     """Who the backing file is, to be put into the header."""
 
     def __init__(
-        self, output: AtomicOutput, shape: Geometry, *, backing_file: bytes | None, backing_format: str
+        self, output: ImageOutput, shape: Geometry, *, backing_file: bytes | None, backing_format: str
     ) -> None:
         self.shape = shape
         self._output = output

@@ -1,0 +1,240 @@
+"""Answers about a difference: what is asked for, and how it is printed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from cowkit.cli.arguments import file_argument
+
+TYPE_CHECKING = False  # as typing has it, which takes long to import
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
+
+    from cowkit.diff.answers import ChangesReport
+    from cowkit.diff.answers.report import PartitionChanges
+
+_LEAST_WIDTH = 20
+_PLAIN_WIDTH = 80
+
+_COLOURS = {"·": "dim", "0": "blue", "=": "green"}
+_CHANGED_COLOUR = "yellow"
+
+ANSWERS = ("stat", "map", "svg", "files", "estimate")
+
+
+def add_answer_arguments(parser: argparse.ArgumentParser) -> None:
+    """What asks `cowkit diff` for answers."""
+    answers = parser.add_argument_group("answers (nothing is written without -o)")
+    answers.add_argument(
+        "--stat", action="store_true", help="how much is dirty, changed, the same, zeroed and trimmed, by partition"
+    )
+    answers.add_argument("--map", action="store_true", help="a strip of characters that shows where it changed")
+    add_svg_argument(answers)
+    answers.add_argument(
+        "--files",
+        action="store_true",
+        help="which files were added, removed, changed or renamed: inside ext2, ext3 and ext4 by debugfs, inside others by guestfish",
+    )
+    answers.add_argument(
+        "--estimate", action="store_true", help="how large the image would be, and with other clusters (without -o)"
+    )
+
+
+def add_svg_argument(parser: argparse._ActionsContainer) -> None:
+    """What asks for a picture."""
+    file_argument(
+        parser.add_argument("--svg", metavar="FILE", help="write a picture of where it changed; replaced if it exists")
+    )
+
+
+def is_asked(arguments: argparse.Namespace) -> bool:
+    """Whether there is anything to answer."""
+    return any(getattr(arguments, name) for name in ANSWERS)
+
+
+def show(report: ChangesReport, arguments: argparse.Namespace, title: str) -> None:
+    """Print what is asked for, in the order of the help page, and write the picture."""
+    shown = False
+    for name, lines in (("stat", stat_lines), ("files", file_lines), ("estimate", estimate_lines)):
+        if getattr(arguments, name):
+            _print(lines(report), apart=shown)
+            shown = True
+    if arguments.map:
+        if shown:
+            print()
+        draw_map(report)
+    write_picture(report, arguments.svg, title)
+
+
+def write_picture(report: ChangesReport, path: str | None, title: str) -> None:
+    """Write the picture to ``path``, if there is one.
+
+    :raises OutputError: it cannot be written.
+    """
+    if path is None:
+        return
+    from cowkit.diff.answers.picture import picture
+    from cowkit.diff.output import AtomicOutput
+
+    with AtomicOutput(path) as output:
+        output.pwrite(picture(report, title).encode(), 0)
+
+
+def _print(lines: Iterator[str], *, apart: bool) -> None:
+    from cowkit.cli.main import printable
+
+    if apart:
+        print()
+    for line in lines:
+        print(printable(line))
+
+
+# --stat
+
+
+def stat_lines(report: ChangesReport) -> Iterator[str]:
+    """A table: a line for the disk and each partition, a column for each kind of amount."""
+    from cowkit.disk.sizes import format_size  # the engine, for those who need it
+
+    places = [("disk", report.amounts)]
+    places += [(_name(each), each.amounts) for each in report.partitions]
+    if report.unpartitioned is not None:
+        places.append(("in no partition", report.unpartitioned))
+    rows = [["bytes (extents)", *report.amounts._fields]]
+    rows += [[name, *(f"{format_size(each.bytes)} ({each.extents})" for each in found)] for name, found in places]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *cells in rows:
+        numbers = "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
+        yield f"{first:<{widths[0]}}{numbers}"
+    yield from _notes(report)
+
+
+def _name(partition: PartitionChanges) -> str:
+    return f"partition {partition.number}" + (f" ({partition.file_system})" if partition.file_system else "")
+
+
+def _notes(report: ChangesReport) -> Iterator[str]:
+    if report.file_system:
+        yield f"file system: {report.file_system}"
+    if report.partition_table not in ("none", "same"):
+        yield f"partition table: {report.partition_table}"
+
+
+# --files
+
+
+def tell_problems(report: ChangesReport) -> bool:
+    """Say on standard error what cannot be told of files; whether nothing could be."""
+    from cowkit.cli.main import note
+
+    found = report.files or ()
+    for each in found:
+        if each.problem is not None:
+            note(f"{'disk' if each.partition is None else f'partition {each.partition}'}: {each.problem}")
+    return bool(found) and all(each.problem is not None for each in found)
+
+
+def file_lines(report: ChangesReport) -> Iterator[str]:
+    """A line for each path, as `git status` has them; headings where there are several file systems."""
+    found = [each for each in report.files or () if each.problem is None]
+    for each in found:
+        where = "disk" if each.partition is None else f"partition {each.partition}"
+        if len(found) > 1 or each.partition is not None:
+            yield f"{where} ({each.file_system}):" + ("" if each.changes else " no file changed")
+        elif not each.changes:
+            yield f"no file changed ({each.file_system})"
+        yield from map(str, each.changes)
+
+
+# --estimate
+
+
+def estimate_lines(report: ChangesReport) -> Iterator[str]:
+    """The size of the image that was asked for, and of others."""
+    from cowkit.disk.sizes import format_size
+
+    found = report.estimate
+    if found is None:
+        return
+    of = "" if found.cluster_size is None else f" (clusters of {format_size(found.cluster_size)})"
+    yield f"the image would have {format_size(found.file_size)} and take {format_size(found.allocated)} on disk{of}"
+    for each in found.others:
+        kind = f"{format_size(each.cluster_size)}{', subclusters' if each.subclusters else ''}"
+        yield f"  clusters of {kind:<20} {format_size(each.file_size):>10}, {format_size(each.allocated):>10} on disk"
+
+
+# --map
+
+
+def map_lines(report: ChangesReport, width: int) -> Iterator[tuple[str, bool]]:
+    """The disk's strip and each partition's, and whether a line is one; all are at most ``width`` characters long."""
+    from cowkit.diff.answers.picture import summary
+    from cowkit.diff.answers.strip import LEGEND, strip
+    from cowkit.disk.sizes import format_size
+
+    yield summary(report), False
+    yield strip(report.changed, report.size, width, dirty=report.dirty), True
+    if report.partitions:
+        yield _ruler(report, width), False
+    for each in report.partitions:
+        what = f"partition {each.number}: {each.file_system or 'unknown content'}, {format_size(each.size)}"
+        yield f"{what}; {each.amounts.changed} changed", False
+        yield strip(report.changed, each.size, width, start=each.offset, dirty=report.dirty), True
+    yield LEGEND, False
+
+
+def _ruler(report: ChangesReport, width: int) -> str:
+    """Where the partitions are, each with its number: ``[1------][2--]``."""
+    line = [" "] * width
+    for each in report.partitions:
+        if not each.size:
+            continue
+        first = each.offset * width // report.size
+        last = max(first + 1, (each.offset + each.size) * width // report.size)
+        text = f"[{each.number}".ljust(last - first - 1, "-")[: max(0, last - first - 1)] + "]"
+        line[first:last] = list(text if last - first > 1 else "|")
+    return "".join(line).rstrip()
+
+
+def draw_map(report: ChangesReport) -> None:
+    """Print the map, in colours on a terminal."""
+    import shutil  # with all the compression that it knows
+
+    on_terminal = sys.stdout is not None and sys.stdout.isatty()
+    width = max(_LEAST_WIDTH, shutil.get_terminal_size((_PLAIN_WIDTH, 24)).columns if on_terminal else _PLAIN_WIDTH)
+    lines = map_lines(report, width)
+    if not on_terminal:
+        for line, _ in lines:
+            print(line)
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(width=width)
+    for line, is_strip in lines:
+        text = Text(no_wrap=is_strip)
+        for character in line:
+            text.append(character, _COLOURS.get(character, _CHANGED_COLOUR) if is_strip else "")
+        console.print(text)
+
+
+# --json
+
+
+def as_json(report: dict[str, Any]) -> str:
+    """The report with a line for each member and for each extent (``indent`` takes json ten times as long)."""
+    from json import dumps
+
+    lines = []
+    for name, value in report.items():
+        text = dumps(value)
+        if isinstance(value, list):
+            text = (
+                text.replace("}, {", "},\n    {")
+                if name in ("changed", "dirty")
+                else dumps(value, indent=2).replace("\n", "\n  ")
+            )
+        lines.append(f"  {dumps(name)}: {text}")
+    return "{\n" + ",\n".join(lines) + "\n}"

@@ -319,6 +319,16 @@ class NbdServer:
 
     # The end
 
+    def disconnect(self) -> None:
+        """End all connections, and listen on; requests under way are finished, but not answered."""
+        with self._lock:
+            threads = list(self._connections)
+            for connection in self._connections.values():
+                connection.shut_down()
+        for thread in threads:
+            if thread is not threading.current_thread():
+                thread.join()
+
     def stop(self) -> None:
         """End all connections and stop listening; requests under way are finished, but not answered. May be called again."""
         if os.getpid() != self._owner:

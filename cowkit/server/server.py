@@ -176,7 +176,8 @@ class NbdServer:
     @property
     def connections(self) -> int:
         """How many clients are connected."""
-        return len(self._connections)
+        with self._lock:  # a client that was greeted counts
+            return len(self._connections)
 
     @property
     def written_bytes(self) -> int:

@@ -549,6 +549,14 @@ class CowDisk:
             return self._hosted.connections
         return sum(server.connections for server in self._servers)
 
+    def disconnect(self) -> None:
+        """End the connections of all clients; requests under way are finished, but not answered. New ones may connect."""
+        self._open()
+        if self._hosted is not None:
+            self._hosted.call("disconnect")
+        for server in list(self._servers):
+            server.disconnect()
+
     def _open(self) -> None:
         if self._closed:
             raise DiskClosedError(f"the disk {self.name!r} is closed")

@@ -50,13 +50,14 @@ def open_base(
     if partition is None and offset == 0 and size is None:
         return base
     try:
-        return _window(base, offset, size, partition)
+        return window_of(base, offset, size, partition)
     except BaseException:
         base.release()
         raise
 
 
-def _window(base: Base, offset: int, size: int | None, partition: int | None) -> Base:
+def window_of(base: Base, offset: int, size: int | None, partition: int | None) -> Base:
+    """A part of ``base``, which it holds; see :func:`open_base`. If it fails, ``base`` is still the caller's."""
     from cowkit.bases.window import WindowBase
 
     if partition is None:

@@ -19,6 +19,14 @@ class Counted:
             self._holders += 1
         return self
 
+    def hold_unless_closed(self) -> bool:
+        """One holder more, unless the last one is gone; whether it was so."""
+        with self._counting:
+            if not self._holders:
+                return False
+            self._holders += 1
+        return True
+
     @property
     def unshared(self) -> bool:
         """Whether there is one holder alone."""

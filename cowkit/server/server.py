@@ -176,7 +176,8 @@ class NbdServer:
     @property
     def connections(self) -> int:
         """How many clients are connected."""
-        return len(self._connections)
+        with self._lock:  # a client that was greeted counts
+            return len(self._connections)
 
     @property
     def written_bytes(self) -> int:
@@ -318,6 +319,16 @@ class NbdServer:
                 self._on_idle()
 
     # The end
+
+    def disconnect(self) -> None:
+        """End all connections, and listen on; requests under way are finished, but not answered."""
+        with self._lock:
+            threads = list(self._connections)
+            for connection in self._connections.values():
+                connection.shut_down()
+        for thread in threads:
+            if thread is not threading.current_thread():
+                thread.join()
 
     def stop(self) -> None:
         """End all connections and stop listening; requests under way are finished, but not answered. May be called again."""

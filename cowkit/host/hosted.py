@@ -144,9 +144,11 @@ class Hosted:
 
     # The end
 
-    def close(self) -> Closed:
-        """Close the disk."""
+    def close(self, keeps_last: bool = False) -> Closed:
+        """Close the disk, and with ``keeps_last`` keep its last state until :meth:`forget`."""
         error = None
+        if keeps_last:
+            self.disk.keep_last_state()
         try:
             self.disk.close()
         except CowkitError as found:
@@ -154,8 +156,17 @@ class Hosted:
         while self._idle:
             self._idle.popitem()[1].close()
         return Closed(
-            error, self.overlay_failure(), self.server_errors(), {n: self.errors_of(n) for n in list(self._servers)}
+            error,
+            self.overlay_failure(),
+            self.server_errors(),
+            {n: self.errors_of(n) for n in list(self._servers)},
+            self.disk.last_dirty_bytes if keeps_last else None,
         )
+
+    def forget(self) -> None:
+        """Close the disk, and keep nothing of it."""
+        self.close()
+        self.disk.forget_last_state()
 
     def carry_out(
         self, operation: str, arguments: tuple[Any, ...], options: dict[str, Any], given: list[Socket]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from socket import socket as Socket
 
     from cowkit.diff import Compression, DiffReport
+    from cowkit.diff.identity import Hash
     from cowkit.hosting.disk import HostedDisk
     from cowkit.hosting.server import DiskServer
     from cowkit.server.server import NbdServer
@@ -79,9 +80,14 @@ class CowDisk:
     :param name: what to call the disk in lists and messages; the base's file name, unless given.
     :param server: where the disk and its servers are: in threads of this process (``"thread"``), or in a process that all the
         disks of this one share (``"process"``): then clients do not wait for a thread here that computes.
+    :param overlay: an earlier difference to this base, from which the disk goes on; without a base, one that stands alone.
+        What it holds becomes the disk's own and dirty, and the file is not needed any more. The disk has a checkpoint of that
+        moment, ``"overlay"``, and as its size the difference's, unless a larger one is given.
     :raises UsageError: an argument makes no sense.
     :raises BaseOpenError: the base cannot be opened.
     :raises OverlayError: ``tmpdir`` is no directory to write to.
+    :raises ImageError: ``overlay`` is damaged, or no qcow2 image that cowkit reads.
+    :raises WrongBaseError: ``overlay`` is a difference to another base, or the base has changed since.
     """
 
     def __init__(
@@ -99,6 +105,7 @@ class CowDisk:
         tmpdir: str | os.PathLike[str] | None = None,
         name: str | None = None,
         server: Where = "thread",
+        overlay: str | os.PathLike[str] | None = None,
     ) -> None:
         self._closed = True  # until there is something to close
         if server not in ("thread", "process"):
@@ -114,6 +121,7 @@ class CowDisk:
             cow_on_read=cow_on_read,
             cow_on_cache=cow_on_cache,
             tmpdir=tmpdir,
+            overlay=overlay,
         )
         self._hosted: HostedDisk | None = None
         self._disk: Disk | HostedDisk
@@ -260,7 +268,7 @@ class CowDisk:
         self._disk.rollback(point)
 
     def reset(self) -> None:
-        """Be as the base is; all checkpoints are gone. Clients stay connected."""
+        """Be as the base is, without ``overlay``; all checkpoints are gone. Clients stay connected."""
         self._disk.reset()
 
     # What changed
@@ -294,6 +302,7 @@ class CowDisk:
         bitmap: str | None = None,
         standalone: bool = False,
         raw: bool = False,
+        hash: Hash | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> DiffReport:
         """Keep what changed: a qcow2 image at ``path`` with the base as its backing file, as of this moment.
@@ -313,6 +322,8 @@ class CowDisk:
         :param bitmap: put in what is dirty as a persistent bitmap of that name.
         :param standalone: have all of the disk in the image, and no backing file.
         :param raw: write a sparse raw file with all of the disk instead.
+        :param hash: what of the base the image records, so that another one is not taken for it: its size and a digest of some
+            blocks (``"sampled"``, unless given), or of all its bytes as well (``"full"``), which reads the whole base.
         :param progress: called now and then with the number of bytes dealt with and of those there are.
         :raises UsageError: the options do not go together, or the base cannot be a backing file (it is compressed, or a part
             of a file), and no other is named.
@@ -328,7 +339,7 @@ class CowDisk:
         return keep(
             self.engine,
             path,
-            options=ImageOptions(cluster_size, subclusters, compress, bitmap, standalone, raw),
+            options=ImageOptions(cluster_size, subclusters, compress, bitmap, standalone, raw, hash),
             states=States(since, at),
             backing_file=backing_file,
             backing_format=backing_format,

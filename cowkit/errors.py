@@ -19,7 +19,8 @@ Each message is one line: what was wrong, with which value, and what to do about
     │   └── ControlError       a running server that cannot be found, chosen or asked
     ├── DiffError              keeping a difference
     │   ├── OutputError        the file asked for cannot be written
-    │   └── ImageError         an image file that is not what it claims to be
+    │   ├── ImageError         an image file that is not what it claims to be
+    │   └── WrongBaseError     a difference that was made of another base
     └── ToolError              a program outside cowkit
         ├── MissingToolError   it is not installed; the message says how to get it
         └── ToolFailedError    it ran and failed; the message has the command and the end of its output
@@ -124,6 +125,10 @@ class OutputError(DiffError):
 
 class ImageError(DiffError):
     """An image file that is not what it claims to be, or that uses a feature which cowkit does not read."""
+
+
+class WrongBaseError(DiffError):
+    """A difference that was made of another base than the one it is to be used with, or of one that has changed since."""
 
 
 class ToolError(CowkitError):

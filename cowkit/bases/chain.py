@@ -15,6 +15,7 @@ from typing import Any
 
 from cowkit.bases.formats import COMPRESSED, HEAD, detect, format_of_name
 from cowkit.bases.qemu_nbd import QEMU_UTILS, find_program
+from cowkit.bases.unfinished import refuse_unfinished
 from cowkit.disk.base import FileBase
 from cowkit.errors import BaseOpenError
 
@@ -80,6 +81,7 @@ class Chain:
     def _add(self, file: FileBase, image: str, name: str) -> FileBase:
         try:
             found = FileBase(os.path.join(os.path.dirname(image), name))
+            refuse_unfinished(found.given, found.path)
         except BaseOpenError as error:
             raise BaseOpenError(f"base {file.given}: {image} needs {name}: {error}") from error
         self.files.append(found)

@@ -47,6 +47,8 @@ class CompressedBase(Base):
     :raises MissingToolError: the library for it is not installed.
     """
 
+    scattered_reads_are_slow = True
+
     def __init__(self, file: FileBase, format: str, tmpdir: str | os.PathLike[str] | None = None) -> None:
         super().__init__()
         self.given: str = file.given

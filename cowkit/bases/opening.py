@@ -6,6 +6,7 @@ import os
 import re
 
 from cowkit.bases.formats import COMPRESSED, HEAD, detect, format_of_content, format_of_name, known_format
+from cowkit.bases.unfinished import refuse_unfinished
 from cowkit.disk.base import Base, FileBase
 from cowkit.errors import BaseOpenError, UsageError
 
@@ -79,6 +80,7 @@ def _open_whole(given: str | os.PathLike[str], wanted: str | None, tmpdir: str |
         return NbdBase(os.fspath(given))
     file = FileBase(given)
     try:
+        refuse_unfinished(file.given, file.path)
         found = wanted or detect(file.given, *_ends(file))
         base = _decoded(file, found, tmpdir)
     except BaseException:

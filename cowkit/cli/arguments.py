@@ -38,6 +38,8 @@ COMMANDS = {
     "serve": "serve a disk until it is told to stop",
     "run": "serve a disk for as long as a command runs",
     "diff": "keep what changed on a disk that is being served",
+    "verify": "check a difference by two independent readers",
+    "apply": "merge a difference into a copy of its base, or the base",
     "ls": "list what is being served",
     "checkpoint": "freeze this moment of a disk",
     "rollback": "put a disk back to a checkpoint",

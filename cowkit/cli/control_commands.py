@@ -55,6 +55,7 @@ class DiskCommands:
                     "bitmap": Argument(str, required=False),
                     "standalone": Argument(bool, required=False),
                     "raw": Argument(bool, required=False),
+                    "hash": Argument(str, required=False),
                 },
             ),
         }
@@ -128,6 +129,7 @@ class DiskCommands:
             bitmap=arguments.get("bitmap"),
             standalone=arguments.get("standalone", False),
             raw=arguments.get("raw", False),
+            hash=arguments.get("hash"),
             progress=_progress(context),
         )
         return {"report": report.to_json(), "summary": report.summary()}

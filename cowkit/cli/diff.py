@@ -83,6 +83,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-backing", dest="standalone", action="store_true", help="have all of the disk in OUT, and no backing file"
     )
     image.add_argument(
+        "--hash",
+        choices=("sampled", "full"),
+        help="record a digest of some blocks of the base, or of all of it, which is then read (default: sampled)",
+    )
+    image.add_argument(
         "--raw", action="store_true", help="write a sparse raw file with all of the disk instead of qcow2"
     )
 
@@ -109,7 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _kind(arguments: argparse.Namespace) -> dict[str, Any]:
     """The members that say what kind of image is asked for."""
     asked: dict[str, Any] = {}
-    for name in ("since", "at", "backing_format", "subclusters", "compress", "bitmap", "standalone", "raw"):
+    for name in ("since", "at", "backing_format", "subclusters", "compress", "bitmap", "standalone", "raw", "hash"):
         value = getattr(arguments, name)
         if value is not None and value is not False:
             asked[name.replace("_", "-")] = value

@@ -69,6 +69,11 @@ def add_disk_arguments(parser: argparse.ArgumentParser) -> None:
     disk.add_argument(
         "--partition", metavar="N", type=int, help="serve BASE's partition N, counted from 1, instead of the whole"
     )
+    file_argument(
+        disk.add_argument(
+            "--overlay", metavar="DIFF", help="go on from DIFF, a qcow2 difference to BASE; DIFF itself is not written"
+        )
+    )
     disk.add_argument("--cow-on-read", action="store_true", help="copy what is read from BASE into the overlay")
     disk.add_argument("--cow-on-cache", action="store_true", help="copy what a cache request names into the overlay")
     file_argument(
@@ -180,7 +185,7 @@ class Serving:
 
     def _open(self, undo: ExitStack) -> None:
         given = self._arguments
-        if given.base is None and given.size is None:
+        if given.base is None and given.size is None and given.overlay is None:
             raise UsageError("give a BASE to serve, or --size SIZE for a blank disk")
         self.disk = undo.enter_context(
             CowDisk(
@@ -195,6 +200,7 @@ class Serving:
                 cow_on_cache=given.cow_on_cache,
                 tmpdir=given.tmpdir,
                 name=given.name,
+                overlay=given.overlay,
             )
         )
         directory = make_socket_dir()

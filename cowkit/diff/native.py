@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from cowkit.diff.batch import Batch
 from cowkit.diff.changed import Changes
+from cowkit.diff.identity import BaseIdentity, Progress, identify, sampled_bytes
 from cowkit.diff.options import ImageOptions
 from cowkit.diff.output import AtomicOutput
 from cowkit.diff.qcow2.bitmap_writer import add_bitmap, granularity_for
@@ -64,6 +65,9 @@ def write_diff(
     check_format_name(backing_format)
     view.base.verify_path()
     with AtomicOutput(path, spare=_spared(view.base, path, backing_file)) as output:
+        identity = None
+        if backing_file is not None:
+            identity, progress = identity_of(view, full=options.hash == "full", progress=progress)
         changes = Changes(view, shape.grain, progress)
         found: Iterable[Batch] = Whole(view, changes, shape.grain) if options.has_all else changes
         batches = _one_at_a_time(found, output)
@@ -74,6 +78,7 @@ def write_diff(
             raw.finish()
         else:
             with _writer(output, shape, name, backing_format, options) as writer:
+                writer.identity = identity and identity.to_bytes()
                 for batch in batches:
                     writer.add(batch)
                 bitmaps = None
@@ -96,11 +101,46 @@ def write_diff(
         changed_extents=changed_extents,
         zeroed_bytes=zeroed_bytes,
         zeroed_extents=zeroed_extents,
-        bytes_read=tally.bytes_read,
+        bytes_read=tally.bytes_read + (_cost(identity) if identity else 0),
         bytes_written=output.bytes_written,
         seconds=time.perf_counter() - begun,
         changed=tuple(tally.changed),
     )
+
+
+def identity_of(view: View, *, full: bool, progress: Progress | None) -> tuple[BaseIdentity | None, Progress | None]:
+    """Who the base of ``view`` is, and what tells of the progress of what comes next.
+
+    There is none of a compressed base, of which some blocks cost as much as all, unless all is what is asked for.
+
+    :param full: with the digest of the whole base.
+    """
+    base = view.base
+    if not full:
+        return (None if base.scattered_reads_are_slow else identify(base)), progress
+    if progress is None:
+        return identify(base, full=True), None
+    tell, dirty = progress, view.dirty_bytes
+    whole = identify(base, full=True, progress=_every(200, base.size, lambda done, total: tell(done, total + dirty)))
+    return whole, lambda done, total: tell(base.size + done, base.size + total)
+
+
+def _every(times: int, total: int, progress: Progress) -> Progress:
+    """The same, called not much more often than that."""
+    told = 0
+
+    def tell(done: int, _: int) -> None:
+        nonlocal told
+        if (done - told) * times >= total:
+            told = done
+            progress(done, total)
+
+    return tell
+
+
+def _cost(identity: BaseIdentity) -> int:
+    """How many bytes of the base were read for its identity."""
+    return sampled_bytes(identity.size) + (identity.size if identity.full is not None else 0)
 
 
 def _one_at_a_time(batches: Iterable[Batch], output: AtomicOutput) -> Iterator[Batch]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, get_args
 
+from cowkit.diff.identity import Hash
 from cowkit.diff.qcow2.bitmap_writer import check_bitmap_name
 from cowkit.diff.qcow2.layout import DEFAULT_CLUSTER, check_cluster_size
 from cowkit.disk.sizes import parse_size
@@ -27,6 +28,8 @@ class ImageOptions(NamedTuple):
     """Have all of the disk in the image, and no backing file."""
     raw: bool = False
     """Write a raw file with all of the disk instead of qcow2."""
+    hash: Hash | None = None
+    """What of the base its identity is made of: some blocks (``"sampled"``, unless given), or all of it as well (``"full"``)."""
 
     @property
     def has_all(self) -> bool:
@@ -50,6 +53,12 @@ class ImageOptions(NamedTuple):
             if wrong:
                 words = " and ".join(name.replace("_", " ") for name in wrong)
                 raise UsageError(f"a raw file has no {words}: leave that out, or raw")
+        if self.hash is not None and self.hash not in get_args(Hash):
+            raise UsageError(f"hash is 'sampled' or 'full', not {self.hash!r}")
+        if self.hash is not None and self.has_all:
+            raise UsageError(
+                "an image with all of the disk needs no base: leave out hash, which tells its base from others"
+            )
         if self.compress is not None and self.compress not in get_args(Compression):
             raise UsageError(f"compress is 'zlib' or 'zstd', not {self.compress!r}")
         if self.compress is not None and self.subclusters:

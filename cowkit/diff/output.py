@@ -126,6 +126,10 @@ class AtomicOutput:
         except OSError as error:
             raise self._failed(error) from error
 
+    def fileno(self) -> int:
+        """The descriptor of the file that is being written."""
+        return self._fd
+
     def drain(self) -> None:
         """Wait until all of :meth:`pwrite_meanwhile` is written; raises what that does."""
         self._bulk.drain()

@@ -37,7 +37,7 @@ class DiffReport(NamedTuple):
     """The part of what is changed that reads as zeroes now."""
     zeroed_extents: int
     bytes_read: int
-    """From the base and from what was written."""
+    """From the base and from what was written; at most 256 KiB of it to recognise the base by."""
     bytes_written: int
     """To the image; holes of its file are not counted."""
     seconds: float

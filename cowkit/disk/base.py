@@ -75,6 +75,8 @@ class Base(Counted):
     """The format, as QEMU names it, that a difference records for its backing file."""
     backing_refusal: str | None = None
     """Why a difference cannot name :attr:`given` as its backing file, and what to do instead; None where it can."""
+    scattered_reads_are_slow: bool = False
+    """Whether reading a few blocks here and there may take as long as reading all of it."""
 
     @property
     @abstractmethod

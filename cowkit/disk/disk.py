@@ -93,6 +93,8 @@ class Disk:
         )
         self.gate = Gate()
         self.closed = False
+        self.beginning: Checkpoint | None = None
+        """Where a disk begins that did not begin as its base is; see :mod:`cowkit.diff.overlay`."""
         self._owner = os.getpid()
         self._shift = block_size.bit_length() - 1
         self._checkpoints: list[Checkpoint] = []

@@ -22,6 +22,7 @@ class ViewBase(Base):
         self.shown = view
         self.size = view.size
         self.given = what
+        self.scattered_reads_are_slow = view.base.scattered_reads_are_slow
         self.backing_refusal = f"{what} is no file, so no image can stand on it: keep it first, and name that file"
 
     @property

@@ -43,7 +43,7 @@ class HostedDisk:
         self._host.open_disks.add(self._number)
         try:
             # A relative path to a base means what it means here and now.
-            located = given is not None and not os.path.isabs(given)
+            located = any(each is not None and not os.path.isabs(each) for each in (given, options.overlay))
             asked = options._asdict() | {"name": name}
             facts, _ = self._host.call("open", self._number, (given,), asked, located=located)
         except BaseException:

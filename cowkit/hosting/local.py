@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 
 from cowkit.disk import Base, Disk, ZeroBase
-from cowkit.errors import UsageError
+from cowkit.errors import CowkitError, UsageError
 from cowkit.hosting.options import DiskOptions, Round
 
 
@@ -14,30 +15,59 @@ def open_disk(base: str | os.PathLike[str] | None, options: DiskOptions) -> Disk
 
     :raises UsageError: an option makes no sense for this base.
     :raises BaseOpenError: the base cannot be opened.
+    :raises ImageError: the difference that it is to begin with is damaged.
+    :raises WrongBaseError: that is a difference to another base.
     """
-    source = _open_base(base, options)
+    if options.overlay is not None:
+        return _open_with_overlay(base, options, options.overlay)
+    source = ZeroBase(options.size or 0) if base is None else _open_base(base, options)
     try:
-        wanted = options.size
-        if wanted is not None and wanted < source.size:
+        if options.size is not None and options.size < source.size:
             raise UsageError(
-                f"size {wanted} is below that of the base {source.given}, {source.size}: it can only be larger"
+                f"size {options.size} is below that of the base {source.given}, {source.size}: it can only be larger"
             )
-        return Disk(
-            source,
-            block_size=options.block_size,
-            size=_rounded(source.size if wanted is None else wanted, options.block_size, options.round),
-            tmpdir=options.tmpdir,
-            cow_on_read=options.cow_on_read,
-            cow_on_cache=options.cow_on_cache,
-        )
+        return _disk(source, options, source.size if options.size is None else options.size)
     except BaseException:
         source.release()
         raise
 
 
-def _open_base(base: str | os.PathLike[str] | None, options: DiskOptions) -> Base:
-    if base is None:
-        return ZeroBase(options.size or 0)
+def _open_with_overlay(base: str | os.PathLike[str] | None, options: DiskOptions, overlay: str) -> Disk:
+    from cowkit.diff.chain import DiffChain
+    from cowkit.diff.overlay import check_overlay, load_overlay
+
+    source = None if base is None else _open_base(base, options)
+    disk: Disk | None = None
+    try:
+        with DiffChain(overlay, source) as chain:
+            chain.stand_on(source)
+            size = check_overlay(chain, size=options.size)
+            if source is None:
+                source = ZeroBase(size)
+            disk = _disk(source, options, size)
+            load_overlay(disk, chain)
+    except BaseException:
+        if disk is not None:
+            with suppress(CowkitError):  # what went wrong first is what counts
+                disk.close()
+        elif source is not None:
+            source.release()
+        raise
+    return disk
+
+
+def _disk(source: Base, options: DiskOptions, size: int) -> Disk:
+    return Disk(
+        source,
+        block_size=options.block_size,
+        size=_rounded(size, options.block_size, options.round),
+        tmpdir=options.tmpdir,
+        cow_on_read=options.cow_on_read,
+        cow_on_cache=options.cow_on_cache,
+    )
+
+
+def _open_base(base: str | os.PathLike[str], options: DiskOptions) -> Base:
     from cowkit.bases import open_base
 
     return open_base(

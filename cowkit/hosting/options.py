@@ -25,6 +25,7 @@ class DiskOptions(NamedTuple):
     cow_on_read: bool
     cow_on_cache: bool
     tmpdir: str
+    overlay: str | None = None
 
 
 def checked(
@@ -39,6 +40,7 @@ def checked(
     cow_on_read: bool,
     cow_on_cache: bool,
     tmpdir: str | os.PathLike[str] | None,
+    overlay: str | os.PathLike[str] | None = None,
 ) -> DiskOptions:
     """The options with their defaults; sizes are in bytes.
 
@@ -49,7 +51,7 @@ def checked(
     if round not in ("exact", "down", "up"):
         raise UsageError(f"round is 'exact', 'down' or 'up', not {round!r}")
     whole = None if size is None else parse_size(size)
-    if not has_base and whole is None:
+    if not has_base and whole is None and overlay is None:
         raise UsageError("a disk needs a base or a size: CowDisk('disk.img'), or CowDisk(size='1G') for a blank one")
     start = parse_size(offset, what="offset")
     if not has_base and (base_format is not None or start or partition is not None):
@@ -60,7 +62,10 @@ def checked(
     _check_overlay_directory(directory)
     # Layers are made later, when the working directory may be another one.
     directory = os.path.abspath(directory)
-    return DiskOptions(whole, block, base_format, start, partition, round, cow_on_read, cow_on_cache, directory)
+    difference = None if overlay is None else os.fspath(overlay)
+    return DiskOptions(
+        whole, block, base_format, start, partition, round, cow_on_read, cow_on_cache, directory, difference
+    )
 
 
 def _check_overlay_directory(directory: str) -> None:

@@ -1,8 +1,8 @@
 """Whose overlay: one disk for all clients, one for each export name, or one for each connection.
 
 Design note. Negotiation sees descriptions only (exports.py). Nothing is opened or allocated for a client before it has chosen:
-entering :meth:`Shares.opened` is what makes a disk, where one has to be made. Every disk made here begins as the base is, and
-holds the one open base that the server's disk has.
+entering :meth:`Shares.opened` is what makes a disk, where one has to be made. Every disk made here begins as the base is (or
+as the server's disk began, where that was not the base), and holds the one open base that the server's disk has.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Literal, get_args
 
-from cowkit.disk import Disk
+from cowkit.disk import Base, Disk
+from cowkit.disk.view_base import ViewBase
 from cowkit.errors import BaseChangedError, ProtocolError, UsageError
 from cowkit.server import wire
 from cowkit.server.block_status import WHOLE_OVERLAY, contexts_of
@@ -94,7 +95,12 @@ class Shares(ABC):
 
     def _make(self) -> Disk:
         overlay = self._disk.overlay
-        base = self._disk.base.hold()
+        beginning = self._disk.beginning
+        base: Base
+        if beginning is None or beginning not in self._disk.checkpoints:
+            base = self._disk.base.hold()
+        else:
+            base = ViewBase(self._disk.freeze(beginning), f"checkpoint {beginning.name!r} of {self._disk.base.given}")
         try:
             return Disk(
                 base,

@@ -20,6 +20,7 @@ from cowkit.diff.qcow2.layout import (
     EXTENSION_BACKING_FORMAT,
     EXTENSION_BITMAPS,
     EXTENSION_END,
+    EXTENSION_IDENTITY,
     HEADER,
     INCOMPATIBLE_FEATURES,
     LONGEST_BACKING_NAME,
@@ -47,6 +48,8 @@ class Head(NamedTuple):
     backing_format: str | None
     compression: str
     bitmaps: Bitmaps | None
+    identity: bytes | None
+    """Who the backing file is, as :class:`cowkit.diff.identity.BaseIdentity` reads it; None in images of other programs."""
 
 
 def backing_chain(path: str) -> list[str]:
@@ -143,7 +146,8 @@ def read_head(path: str, fd: int) -> Head:
             raise bad("the name of its backing file has a null byte")
     extensions = _extensions(cluster[:end], header.header_length, bad)
     backing_format = _backing_format(extensions, bad)
-    return Head(header, name, backing_format, COMPRESSION_TYPES[kind], _bitmaps(header, extensions, bad))
+    bitmaps = _bitmaps(header, extensions, bad)
+    return Head(header, name, backing_format, COMPRESSION_TYPES[kind], bitmaps, extensions.get(EXTENSION_IDENTITY))
 
 
 def _extensions(area: bytes, at: int, bad: Callable[[str], ImageError]) -> dict[int, bytes]:

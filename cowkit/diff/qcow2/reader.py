@@ -76,6 +76,8 @@ class Qcow2Image:
             """The name of the backing file as it is recorded; None without one."""
             self.backing_format = head.backing_format
             """The backing file's format as it is recorded, such as ``"raw"``; None where it is not."""
+            self.identity = head.identity
+            """Who the backing file is, as :class:`cowkit.diff.identity.BaseIdentity` reads it; None where it is not recorded."""
             self._compression = head.compression
             self._shape = Geometry(
                 head.header.size,

@@ -30,6 +30,9 @@ class Qcow2Writer:
     compression = 0
     """The index in :data:`cowkit.diff.qcow2.layout.COMPRESSION_TYPES`."""
 
+    identity: bytes | None = None
+    """Who the backing file is, to be put into the header."""
+
     def __init__(
         self, output: AtomicOutput, shape: Geometry, *, backing_file: bytes | None, backing_format: str
     ) -> None:
@@ -71,6 +74,7 @@ class Qcow2Writer:
             backing_format=self._backing_format,
             compression=self.compression,
             bitmaps=bitmaps,
+            identity=self.identity,
         )
         self.put(0, head)
         self._output.truncate(self._end)

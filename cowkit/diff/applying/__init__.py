@@ -1,0 +1,1 @@
+"""Merging a difference into a copy of its base, or into the base itself."""

@@ -1,0 +1,48 @@
+"""What came of applying a difference."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from cowkit.disk.sizes import format_size
+
+SCHEMA = 1
+"""The version of what :meth:`ApplyReport.to_json` returns; new keys do not change it."""
+
+
+class ApplyReport(NamedTuple):
+    """A difference that was applied. All amounts are in bytes."""
+
+    path: str | None
+    """The difference; None where it is not known which one a journal was written for."""
+    target: str
+    """The file that has it now."""
+    in_place: bool
+    size: int
+    """The size of the file now."""
+    written_bytes: int
+    """What the difference holds as data."""
+    zeroed_bytes: int
+    """What it holds as zeroes."""
+    finished: bool
+    """Whether it was an interrupted one that was finished from its journal."""
+    recognised: bool
+    """Whether the base is known by the identity that the difference records."""
+    seconds: float
+
+    def to_json(self) -> dict[str, object]:
+        """The same as JSON has it; ``schema`` is the version of its form."""
+        return {"schema": SCHEMA, **self._asdict(), "seconds": round(self.seconds, 6)}
+
+    def summary(self) -> str:
+        """A few lines for people."""
+        held = f"{format_size(self.written_bytes)} written, {format_size(self.zeroed_bytes)} zeroed"
+        if self.finished:
+            what = f"of {self.path} " if self.path is not None else ""
+            return f"{self.target}: the interrupted apply {what}is finished, {held}"
+        if not self.in_place:
+            return f"{self.target}: a copy of the base with {self.path} in it, {held}, {format_size(self.size)} in all"
+        return (
+            f"{self.target}: {self.path} is in it now, {held}\n"
+            f"  it is another base now: {self.path}, and every other difference to it as it was, does not fit it any more"
+        )

@@ -1,0 +1,54 @@
+"""A disk that begins with what an earlier difference holds."""
+
+from __future__ import annotations
+
+from cowkit.diff.chain import DiffChain
+from cowkit.disk import Disk, Kind
+from cowkit.errors import UsageError, WrongBaseError
+
+OVERLAY = "overlay"
+"""The checkpoint at which such a disk begins."""
+
+_PIECE = 1 << 20
+
+
+def check_overlay(chain: DiffChain, *, size: int | None) -> int:
+    """The size in bytes of a disk that begins as ``chain`` is, which stands on its base.
+
+    :param size: the size that was asked for, or None.
+    :raises WrongBaseError: the base cannot be told to be the right one: no identity is recorded, and another name.
+    :raises UsageError: the difference does not fit into ``size``.
+    """
+    if chain.recognised == "no":
+        assert chain.base is not None
+        assert chain.below is not None
+        raise WrongBaseError(
+            f"{chain.images[-1].path} is a difference to {chain.below.name} and does not record who that is, so {chain.base.given} "
+            "may be another base: if it is the right one, say so in the difference (qemu-img rebase -u -b BASE -F FORMAT)"
+        )
+    if size is None:
+        return chain.disk_size
+    if size < chain.disk_size:
+        raise UsageError(f"size {size} is below that of {chain.path}, {chain.disk_size}: it can only be larger")
+    return size
+
+
+def load_overlay(disk: Disk, chain: DiffChain) -> None:
+    """Make ``disk`` what ``chain`` is: all that its images hold becomes dirty. Then the images are not needed any more.
+
+    The disk has a checkpoint then, :data:`OVERLAY`, to go back to, and to take an increment from; and whoever gets a disk of
+    its own from a server of this one gets it as it is there.
+
+    :raises OverlayFullError: there is no room for it.
+    :raises ImageError: an image is damaged.
+    """
+    for extent in chain.held():
+        end = min(extent.end, disk.size)
+        if extent.kind is Kind.ZERO:
+            disk.zero(max(0, end - extent.offset), min(extent.offset, end))
+        elif extent.kind is Kind.DATA:
+            for offset in range(extent.offset, end, _PIECE):
+                disk.pwrite(chain.pread(min(_PIECE, end - offset), offset), offset)
+    if disk.size > chain.size:  # what the difference cut off of its base stays away
+        disk.zero(disk.size - chain.size, chain.size)
+    disk.beginning = disk.checkpoint(OVERLAY)

@@ -1,0 +1,231 @@
+"""Reads a difference back by two readers that know nothing of each other, and compares: `cowkit verify`."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Literal, NamedTuple
+
+from cowkit.bases import open_base
+from cowkit.diff.chain import DiffChain
+from cowkit.diff.comparing import differing, padded, ranges
+from cowkit.diff.identity import Progress
+from cowkit.diff.qcow2.layout import image_size
+from cowkit.diff.qemu_reader import QemuReader
+from cowkit.disk import Base
+from cowkit.disk.extent import Kind
+from cowkit.disk.sizes import format_size
+from cowkit.errors import BaseError, BaseOpenError
+
+SCHEMA = 1
+"""The version of what :meth:`Verification.to_json` returns; new keys do not change it."""
+
+Against = Literal["qemu", "against"]
+
+
+class Disagreement(NamedTuple):
+    """Bytes that cowkit's reader has otherwise than another one: QEMU (``"qemu"``), or what it was compared with."""
+
+    offset: int
+    length: int
+    reader: Against
+
+
+class Verification(NamedTuple):
+    """What came of it. All amounts are in bytes."""
+
+    path: str
+    base: str | None
+    """The base that it was read on; None for an image that stands alone."""
+    recognised: bool
+    """Whether the base is known by the identity that the difference records, or none is needed."""
+    whole_base: bool
+    """Whether all of the base was compared with its digest."""
+    images: tuple[str, ...]
+    """The images that were read, from the difference downwards."""
+    size: int
+    compared_bytes: int
+    """What the images hold, which both readers have read."""
+    against: str | None
+    against_bytes: int
+    """What was compared with that: all but what is a hole, or zeroed, in both."""
+    disagreements: tuple[Disagreement, ...]
+    seconds: float
+
+    def to_json(self) -> dict[str, object]:
+        """The same as JSON has it; ``schema`` is the version of its form."""
+        return {
+            "schema": SCHEMA,
+            "path": self.path,
+            "base": self.base,
+            "recognised": self.recognised,
+            "whole_base": self.whole_base,
+            "images": list(self.images),
+            "size": self.size,
+            "compared_bytes": self.compared_bytes,
+            "against": self.against,
+            "against_bytes": self.against_bytes,
+            "same": not self.disagreements,
+            "differences": [each._asdict() for each in self.disagreements],
+            "seconds": round(self.seconds, 6),
+        }
+
+    def summary(self) -> str:
+        """A few lines for people: one for each extent that differs, and one in the end."""
+        lines = [
+            f"{each.length} bytes at {each.offset} differ: cowkit reads them otherwise than "
+            f"{'QEMU' if each.reader == 'qemu' else self.against} does"
+            for each in self.disagreements
+        ]
+        on = f" on {self.base}" if self.base is not None else ""
+        counted = len(self.disagreements)
+        found = f"{counted} difference{'' if counted == 1 else 's'}" if counted else "the same to both readers"
+        more = ""
+        if self.against is not None:
+            other = any(each.reader == "against" for each in self.disagreements)
+            more = f", {format_size(self.against_bytes)} {'compared with' if other else 'the same as'} {self.against}"
+        lines.append(f"{self.path}{on}: {format_size(self.compared_bytes)} held, {found}{more}")
+        return "\n".join(lines)
+
+
+def open_bottom(
+    chain_path: str | os.PathLike[str], base: str | os.PathLike[str] | None, format: str | None, stack: ExitStack
+) -> tuple[DiffChain, Base | None]:
+    """The chain of a difference and the base at its bottom, open until ``stack`` ends; the one is not put on the other yet.
+
+    :param base: where the base is; where the chain says, unless given.
+    :param format: the base's format; what the chain says, or what name and content agree on.
+    :raises ImageError: an image is damaged.
+    :raises BaseOpenError: the base cannot be opened.
+    """
+    opened: Base | None = None
+    if base is not None:
+        opened = open_base(base, format=format)
+        stack.callback(opened.release)
+    chain = stack.enter_context(DiffChain(chain_path, opened))
+    if opened is None and chain.below is not None:
+        below = chain.below
+        if below.path is None and not below.name.startswith("nbd"):
+            raise BaseOpenError(
+                f"{below.image} stands on {below.name}, which cowkit cannot open: name the base (--base)"
+            )
+        try:
+            opened = open_base(below.path or below.name, format=format or below.format)
+        except BaseOpenError as error:
+            raise BaseOpenError(
+                f"{error}; {below.image} stands on it: name the base, if it is elsewhere (--base)"
+            ) from error
+        stack.callback(opened.release)
+    return chain, opened
+
+
+def verify_diff(
+    path: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+    base_format: str | None = None,
+    against: str | os.PathLike[str] | None = None,
+    against_format: str | None = None,
+    full: bool = False,
+    progress: Progress | None = None,
+) -> Verification:
+    """Read the difference at ``path`` and all that it stands on with cowkit's strict reader and with QEMU, and compare.
+
+    Headers, tables and refcounts are checked first. What is compared is what either reader says the images hold.
+
+    :param base: where the base is; where the difference says, unless given.
+    :param base_format: its format, as :func:`cowkit.bases.open_base` has it.
+    :param against: an image, or an NBD URI such as a live disk's, that all of the disk is to be the same as.
+    :param against_format: its format.
+    :param full: compare the whole base with the digest in the difference, which was written with ``hash="full"``.
+    :param progress: called now and then with the bytes that are done and those there are.
+    :raises ImageError: an image is damaged, or uses a feature that cowkit does not read.
+    :raises WrongBaseError: the base is not the one that it was made of.
+    :raises BaseOpenError: the base, or what to compare with, cannot be opened.
+    :raises MissingToolError: QEMU is not installed.
+    """
+    begun = time.perf_counter()
+    with ExitStack() as stack:
+        chain, bottom = open_bottom(path, base, base_format, stack)
+        chain.stand_on(bottom, full=full)
+        for image in chain.images:
+            if image is chain.images[0] or image.identity is not None:
+                image.check()
+        qemu = stack.enter_context(QemuReader(chain))
+        held = list(ranges(chain.held(), qemu.held()))
+        other = None
+        where: list[tuple[int, int]] = []
+        if against is not None:
+            other = open_base(against, format=against_format)
+            stack.callback(other.release)
+            least = min(image_size(other.size), chain.size)
+            known = other.extents(0, other.size) if other.size else iter(())
+            where = [(a, min(b, least)) for a, b in ranges(chain.extents(), known, kinds=(Kind.DATA,)) if a < least]
+        meter = _Meter(progress, sum(b - a for a, b in held) + sum(b - a for a, b in where))
+        found = [
+            Disagreement(offset, length, "qemu")
+            for offset, length in differing(_held(chain), _said(qemu, "QEMU"), held, meter)
+        ]
+        if qemu.size != chain.size:
+            found.append(_sizes(qemu.size, chain.size, "qemu"))
+        if other is not None:
+            pread = padded(other.read_into, other.size)
+            found += [Disagreement(at, n, "against") for at, n in differing(_held(chain), pread, where, meter)]
+            if image_size(other.size) != chain.size:
+                found.append(_sizes(image_size(other.size), chain.size, "against"))
+            other.verify()
+        if bottom is not None:
+            bottom.verify()
+        return Verification(
+            path=os.fspath(path),
+            base=bottom.given if bottom is not None else None,
+            recognised=chain.recognised == "identity",
+            whole_base=full,
+            images=tuple(image.path for image in chain.images),
+            size=chain.size,
+            compared_bytes=sum(b - a for a, b in held),
+            against=None if against is None else os.fspath(against),
+            against_bytes=sum(b - a for a, b in where),
+            disagreements=tuple(found),
+            seconds=time.perf_counter() - begun,
+        )
+
+
+def _sizes(one: int, other: int, reader: Against) -> Disagreement:
+    """What only the larger one of two disks has."""
+    return Disagreement(min(one, other), abs(one - other), reader)
+
+
+def _held(chain: DiffChain) -> Callable[[int, int], bytes]:
+    def pread(length: int, offset: int) -> bytes:
+        inside = max(0, min(length, chain.size - offset))
+        return (chain.pread(inside, offset) if inside else b"").ljust(length, b"\0")
+
+    return pread
+
+
+def _said(reader: QemuReader, who: str) -> Callable[[int, int], bytes]:
+    """What QEMU reads; what it cannot read is what it does not have as cowkit has it, which is an error of the image."""
+    read = padded(reader.read_into, reader.size)
+
+    def pread(length: int, offset: int) -> bytes:
+        try:
+            return read(length, offset)
+        except BaseError as error:
+            raise type(error)(str(error).replace("read base", f"have {who} read", 1)) from error
+
+    return pread
+
+
+class _Meter:
+    """Tells of the progress."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress, self._total, self._done = progress, total, 0
+
+    def __call__(self, length: int) -> None:
+        self._done += length
+        if self._progress is not None:
+            self._progress(self._done, self._total)

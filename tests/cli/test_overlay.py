@@ -1,0 +1,55 @@
+"""`cowkit serve --overlay` and `cowkit run --overlay`, and `cowkit diff --hash`."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from cowkit.diff import Qcow2Image
+from cowkit.diff.identity import BaseIdentity
+from tests.cli.helpers import Run, Serve, complaint, content, read, write
+
+pytestmark = pytest.mark.requires(modules=["nbd"])
+
+
+def test_serving_goes_on_from_an_earlier_difference(cowkit: Run, serve: Serve, base: Path, tmp_path: Path) -> None:
+    server = serve("disk.img")
+    write(server.uri, b"first", 4096)
+    assert cowkit("diff", "--base", "disk.img", "-o", "d1.qcow2").returncode == 0
+    server.end()
+    server = serve("disk.img", "--overlay", "d1.qcow2")
+    assert read(server.uri, 5, 4096) == b"first"
+    write(server.uri, b"second", 70_000)
+    assert (
+        cowkit("diff", "--base", "disk.img", "--since", "overlay", "--backing", "d1.qcow2", "-o", "d2.qcow2").returncode
+        == 0
+    )
+    assert cowkit("diff", "--base", "disk.img", "-o", "both.qcow2").returncode == 0
+    server.end()
+    both = content(tmp_path / "both.qcow2", base)
+    assert (both[4096:4101], both[70_000:70_006]) == (b"first", b"second")
+    done = cowkit("run", "disk.img", "--overlay", "d2.qcow2", "--diff", "same.qcow2", "--", "true")
+    assert done.returncode == 0, done.stderr
+    assert content(tmp_path / "same.qcow2", base) == both
+
+
+def test_a_difference_to_another_base_is_refused_in_one_line(cowkit: Run, base: Path, tmp_path: Path) -> None:
+    assert cowkit("run", "disk.img", "--diff", "d1.qcow2", "--", "true").returncode == 0
+    (tmp_path / "other.img").write_bytes(bytes(base.stat().st_size))
+    said = complaint(cowkit("serve", "other.img", "--overlay", "d1.qcow2"))
+    assert said.startswith("d1.qcow2 is a difference to another base than other.img: blocks that were sampled differ; ")
+
+
+def test_the_digest_of_the_whole_base_is_that_of_sha256sum(
+    cowkit: Run, serve: Serve, base: Path, tmp_path: Path
+) -> None:
+    serve("disk.img")
+    assert cowkit("diff", "--base", "disk.img", "-o", "d.qcow2", "--hash", "full").returncode == 0
+    with Qcow2Image(tmp_path / "d.qcow2") as image:
+        assert image.identity is not None
+        full = BaseIdentity.from_bytes(image.identity, "d.qcow2").full
+    assert full == hashlib.sha256(base.read_bytes()).hexdigest()
+    said = complaint(cowkit("diff", "--base", "disk.img", "-o", "d.qcow2", "--hash", "full", "--raw"))
+    assert "leave out hash" in said

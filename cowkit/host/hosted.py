@@ -80,6 +80,10 @@ class Hosted:
         found = self.disk.dirty_extents(offset, length, since=self._point(since))
         return [(start, span, kind is Kind.ZERO) for start, span, kind in found]
 
+    def allocation(self, offset: int, length: int) -> list[tuple[int, int, bool]]:
+        """Offset and length of each run, and whether it has data."""
+        return [(start, span, kind is Kind.DATA) for start, span, kind in self.disk.engine.allocation(offset, length)]
+
     def overlay_failure(self) -> ErrorInTransit | None:
         """Why the last request failed that found no room."""
         failure = self.disk.overlay_failure

@@ -166,6 +166,11 @@ class HostedDisk:
         runs = self.call("dirty_extents", offset, length, self._checkpoints.argument(since))
         return (Extent(start, span, Kind.ZERO if zeroed else Kind.DATA) for start, span, zeroed in runs)
 
+    def allocation(self, offset: int, length: int) -> Iterator[Extent]:
+        """The range as ``DATA``, and ``HOLE`` where it reads as zeroes for sure."""
+        runs = self.call("allocation", offset, length)
+        return (Extent(start, span, Kind.DATA if data else Kind.HOLE) for start, span, data in runs)
+
     @property
     def overlay_failure(self) -> DiskError | None:
         """Why the last request failed that found no room or a broken overlay."""

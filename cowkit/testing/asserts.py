@@ -142,14 +142,14 @@ def _within(parts: Iterable[tuple[int, int]], ranges: list[tuple[int, int]]) -> 
 
 
 def _described(found: Differences, actual: Base, expected: Base, name: str, other: str) -> Iterable[str]:
-    runs = "1 extent" if found.count == 1 else f"{found.count} extents"
+    runs = "1 extent" if found.total == 1 else f"{found.total} extents"
     count = "1 byte differs" if found.differing == 1 else f"{found.differing} bytes differ"
     so_far = "" if found.looked_to is None else f", up to byte {found.looked_to}, where looking ended"
     yield f"{name} is not as {other}: {count} in {runs}{so_far}"
     for offset, length in found.extents:
         yield f"  {length} at byte {offset} (0x{offset:x}){_structure(actual, expected, offset)}"
-    if found.count > len(found.extents):
-        yield f"  and {found.count - len(found.extents)} more"
+    if found.total > len(found.extents):
+        yield f"  and {found.total - len(found.extents)} more"
     yield f"the first, - {other}, + {name}:"
     yield from hexdump(actual, expected, found.first)
 

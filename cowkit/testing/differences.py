@@ -21,7 +21,7 @@ class Differences(NamedTuple):
 
     extents: list[tuple[int, int]]
     """Offset and length of the first few."""
-    count: int
+    total: int
     """How many extents there are."""
     differing: int
     """How many bytes in them differ."""

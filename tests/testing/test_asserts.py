@@ -43,7 +43,7 @@ def test_a_disk_is_compared_with_its_base_an_image_another_disk_an_export_and_by
         for each in (image, data, other):
             with pytest.raises(AssertionError, match=r"7 bytes differ in 1 extent\n  7 at byte 70000 \(0x11170\)"):
                 assert_same(disk, each)
-        with pytest.raises(AssertionError, match="disk.img is not as its base: 7 bytes differ"):
+        with pytest.raises(AssertionError, match=r"disk\.img is not as its base: 7 bytes differ"):
             assert_unchanged(disk)
         disk.pwrite(data[70_000:70_007], 70_000)
         assert_unchanged(disk)
@@ -104,9 +104,10 @@ def test_only_the_ranges_asked_for_are_compared(image: Path, server: Any) -> Non
         disk.pwrite(b"changed", 70_000)
         assert_unchanged(disk, [(0, 70_000), (70_007, "4K")])
         assert_same(disk, image, [("128K", "4K"), (0, "64K"), (5, 0)])
-        for ranges in ([(70_006, 1)], [(0, 10), (69_000, "1K")]):
-            with pytest.raises(AssertionError, match="differ"):
-                assert_unchanged(disk, ranges)
+        with pytest.raises(AssertionError, match="1 byte differs"):
+            assert_unchanged(disk, [(70_006, 1)])
+        with pytest.raises(AssertionError, match="7 bytes differ"):
+            assert_unchanged(disk, [(0, 10), (69_500, "1K")])
         with pytest.raises(UsageError, match="ends at byte 1048577, and there are 1048576"):
             assert_unchanged(disk, [(1, "1M")])
         with pytest.raises(UsageError, match="a range is a pair of offset and length, not 5"):
@@ -120,7 +121,7 @@ def test_since_a_checkpoint(image: Path) -> None:
         assert_unchanged(disk, since=point)
         disk.pwrite(b"after", 8192)
         assert_unchanged(disk, [(0, 8192)], since="installed")
-        with pytest.raises(AssertionError, match="disk.img is not as checkpoint 'installed': 5 bytes differ"):
+        with pytest.raises(AssertionError, match=r"disk\.img is not as checkpoint 'installed': 5 bytes differ"):
             assert_unchanged(disk, since=point)
         with pytest.raises(CheckpointError):
             assert_unchanged(disk, since="none")
@@ -186,6 +187,6 @@ def test_differences_are_those_of_a_byte_by_byte_comparison(data: bytes, changes
     assert found is not None
     assert (found.first, found.differing) == (expected[0], len(expected))
     inside = {at for offset, length in found.extents for at in range(offset, offset + length)}
-    assert found.count > len(found.extents) or set(expected) <= inside
+    assert found.total > len(found.extents) or set(expected) <= inside
     starts = [at for before, at in zip([-100, *expected], expected, strict=False) if at - before > 16]
-    assert found.count == len(starts)
+    assert found.total == len(starts)

@@ -14,9 +14,7 @@ from cowkit.errors import CowkitError
 from cowkit.testing.ext import ExtLayout
 
 _MBR_PARTS = ((440, "boot code"), (446, "disk signature"), (510, ""), (512, "signature 55 aa"))
-_GPT_HEADER = struct.Struct(
-    "<8s12xI4xQ40xQII"
-)  # signature, CRC (not looked at), own LBA, LBA of entries, their number, size
+_GPT_HEADER = struct.Struct("<8s16xQ40xQII")  # signature, own sector, sector of the entries, their number, size of one
 
 
 def structure_at(content: Base, offset: int) -> str | None:
@@ -53,9 +51,7 @@ def _in_gpt(content: Base, offset: int) -> str | None:
         for place, which in ((1, "primary"), (last, "backup")):
             if (place + 1) * sector > content.size or place < 1:
                 continue
-            signature, _, own, entries, count, size = _GPT_HEADER.unpack(
-                content.pread(_GPT_HEADER.size, place * sector)
-            )
+            signature, own, entries, count, size = _GPT_HEADER.unpack(content.pread(_GPT_HEADER.size, place * sector))
             if signature != b"EFI PART" or own != place or not 128 <= size <= 4096 or count > 4096:
                 continue
             if place * sector <= offset < (place + 1) * sector:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cowkit.diff.chain import DiffChain
+from cowkit.diff.qcow2.layout import image_size
 from cowkit.disk import Disk, Kind
 from cowkit.errors import UsageError, WrongBaseError
 
@@ -28,6 +29,8 @@ def check_overlay(chain: DiffChain, *, size: int | None) -> int:
         )
     if size is None:
         return chain.disk_size
+    if chain.base is None and image_size(size) == chain.size:  # the image has it in whole sectors
+        return size
     if size < chain.disk_size:
         raise UsageError(f"size {size} is below that of {chain.path}, {chain.disk_size}: it can only be larger")
     return size

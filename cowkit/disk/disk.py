@@ -13,6 +13,7 @@ from cowkit.disk.base import Base
 from cowkit.disk.checkpoint import Checkpoint, FrozenView, extents_of_runs
 from cowkit.disk.extent import Extent
 from cowkit.disk.gate import Gate
+from cowkit.disk.last_state import LastState
 from cowkit.disk.layer import Layer, default_directory
 from cowkit.disk.overlay import Overlay
 from cowkit.disk.owner_map import OwnerMap
@@ -98,6 +99,10 @@ class Disk:
         self._shift = block_size.bit_length() - 1
         self._checkpoints: list[Checkpoint] = []
         self._views: dict[FrozenView, int] = {}
+        self.keeps_last = False
+        """Whether closing leaves :attr:`last`."""
+        self.last: LastState | None = None
+        """With :attr:`keeps_last`: what the disk was when it was closed, for whoever takes and releases it."""
 
     def __enter__(self) -> Disk:
         return self
@@ -404,6 +409,9 @@ class Disk:
         dropped = self.gate.shut(self._close)
         if dropped is None:
             return
+        if self.last is not None:  # it lets go of them
+            self.base.verify()
+            return
         for layer in dropped:
             layer.release()
         try:
@@ -417,7 +425,19 @@ class Disk:
         self.closed = True
         self._checkpoints.clear()
         self._views.clear()
-        return self.overlay.close()
+        if not self.keeps_last:
+            return self.overlay.close()
+        sources = list(self.overlay.sources)
+        layers = self.overlay.close()
+        self.last = LastState(
+            self.overlay.map,
+            base=self.base,
+            size=self.size,
+            block_size=self.block_size,
+            sources=sources,
+            layers=layers,
+        )
+        return layers
 
     def _forget(self) -> None:
         """In a forked child: let go of its copies of the descriptors. No lock is taken, since a thread that the child does not

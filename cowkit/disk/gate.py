@@ -91,6 +91,15 @@ class Gate:
         """End of :meth:`borrow`."""
         self._spare.append(borrowed)
 
+    @property
+    def busy(self) -> bool:
+        """Whether anybody else is inside just now."""
+        for each in list(self._passes):
+            if not each.lock.acquire(blocking=False):
+                return True
+            each.lock.release()
+        return False
+
     def shut(self, work: Callable[[], T]) -> T:
         """Carry out ``work`` while nobody is inside, and keep everybody out meanwhile."""
         with self._shutting:

@@ -72,7 +72,8 @@ class Calls:
         if operation == "forget":
             self._forget(number)
             return None, b""
-        hosted = self._disks.pop(number, None) if operation == "close" else self._disks.get(number)
+        gone = operation == "close" and not any(arguments)  # or its last state is asked for
+        hosted = self._disks.pop(number, None) if gone else self._disks.get(number)
         if hosted is None:
             raise DiskClosedError("the disk is closed")
         if operation == "pread":
@@ -96,7 +97,7 @@ class Calls:
     def _forget(self, number: int) -> None:
         hosted = self._disks.pop(number, None)
         if hosted is not None:
-            hosted.close()
+            hosted.forget()
 
     def _progress(self, channel: Channel, *, reports: bool) -> Callable[[int, int], None]:
         """What is called as the work goes on: whether the caller still waits, and how far it has got, if that is asked for."""

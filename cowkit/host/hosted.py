@@ -80,6 +80,10 @@ class Hosted:
         found = self.disk.dirty_extents(offset, length, since=self._point(since))
         return [(start, span, kind is Kind.ZERO) for start, span, kind in found]
 
+    def allocation(self, offset: int, length: int) -> list[tuple[int, int, bool]]:
+        """Offset and length of each run, and whether it has data."""
+        return [(start, span, kind is Kind.DATA) for start, span, kind in self.disk.engine.allocation(offset, length)]
+
     def overlay_failure(self) -> ErrorInTransit | None:
         """Why the last request failed that found no room."""
         failure = self.disk.overlay_failure
@@ -144,9 +148,11 @@ class Hosted:
 
     # The end
 
-    def close(self) -> Closed:
-        """Close the disk."""
+    def close(self, keeps_last: bool = False) -> Closed:
+        """Close the disk, and with ``keeps_last`` keep its last state until :meth:`forget`."""
         error = None
+        if keeps_last:
+            self.disk.keep_last_state()
         try:
             self.disk.close()
         except CowkitError as found:
@@ -154,8 +160,17 @@ class Hosted:
         while self._idle:
             self._idle.popitem()[1].close()
         return Closed(
-            error, self.overlay_failure(), self.server_errors(), {n: self.errors_of(n) for n in list(self._servers)}
+            error,
+            self.overlay_failure(),
+            self.server_errors(),
+            {n: self.errors_of(n) for n in list(self._servers)},
+            self.disk.last_dirty_bytes if keeps_last else None,
         )
+
+    def forget(self) -> None:
+        """Close the disk, and keep nothing of it."""
+        self.close()
+        self.disk.forget_last_state()
 
     def carry_out(
         self, operation: str, arguments: tuple[Any, ...], options: dict[str, Any], given: list[Socket]

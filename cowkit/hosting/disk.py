@@ -38,6 +38,8 @@ class HostedDisk:
         self._servers: list[HostedServer] = []
         self._left = Closed(None, None, [], {})
         self.closed = False
+        self.keeps_last = False
+        """Whether closing leaves the last state, see :meth:`cowkit.CowDisk.keep_last_state`."""
         self._host.open_disks.add(self._number)
         try:
             # A relative path to a base means what it means here and now.
@@ -58,6 +60,22 @@ class HostedDisk:
         """Whether this process was forked from the one that the disk belongs to."""
         return os.getpid() != self._owner
 
+    @property
+    def has_last(self) -> bool:
+        """Whether the disk is closed and the host has its last state."""
+        return self._left.last_dirty_bytes is not None
+
+    @property
+    def last_dirty_bytes(self) -> int:
+        """How many bytes were dirty when it was closed."""
+        return self._left.last_dirty_bytes or 0
+
+    def forget_last(self) -> None:
+        """Have the host let go of the last state; may be called again."""
+        if self.has_last:
+            self._left = self._left._replace(last_dirty_bytes=None)
+            self._forget()
+
     def call(self, operation: str, *arguments: Any, **passed: Any) -> Any:
         """Have the host carry out ``operation`` on the disk; its result. What else is ``passed``: see :meth:`Host.call`.
 
@@ -65,7 +83,8 @@ class HostedDisk:
         :raises ServerError: the host has gone.
         :raises CowkitError: whatever the operation raises.
         """
-        self._open()
+        if self.foreign or not self.has_last:
+            self._open()
         return self._host.call(operation, self._number, arguments, **passed)[0]
 
     def call_method(self, name: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
@@ -147,6 +166,11 @@ class HostedDisk:
         runs = self.call("dirty_extents", offset, length, self._checkpoints.argument(since))
         return (Extent(start, span, Kind.ZERO if zeroed else Kind.DATA) for start, span, zeroed in runs)
 
+    def allocation(self, offset: int, length: int) -> Iterator[Extent]:
+        """The range as ``DATA``, and ``HOLE`` where it reads as zeroes for sure."""
+        runs = self.call("allocation", offset, length)
+        return (Extent(start, span, Kind.DATA if data else Kind.HOLE) for start, span, data in runs)
+
     @property
     def overlay_failure(self) -> DiskError | None:
         """Why the last request failed that found no room or a broken overlay."""
@@ -221,14 +245,16 @@ class HostedDisk:
         self.closed = True
         try:
             if not self.foreign and not self._host.ended:
-                self._left, _ = self._host.call("close", self._number)
+                arguments = (True,) if self.keeps_last else ()
+                self._left, _ = self._host.call("close", self._number, arguments)
         except CowkitError:
             raise
         except BaseException:  # an interrupt: the disk is to be closed all the same
             self._forget()
             raise
         finally:
-            self._host.open_disks.discard(self._number)
+            if not self.has_last:
+                self._host.open_disks.discard(self._number)
             for server in self._servers:
                 server.let_go()
         if self._left.error:

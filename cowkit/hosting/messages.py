@@ -41,3 +41,5 @@ class Closed(NamedTuple):
     overlay_failure: ErrorInTransit | None
     server_errors: list[ErrorInTransit]
     errors_by_server: dict[int, list[ErrorInTransit]]
+    last_dirty_bytes: int | None = None
+    """How many bytes were dirty, where the host keeps the last state; None where it does not."""

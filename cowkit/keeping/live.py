@@ -50,7 +50,7 @@ def keep(
     """Write the difference between two states of ``disk`` to ``path``; see :meth:`cowkit.CowDisk.diff`."""
     options.check()
     path = _plain(path)
-    with closing(view_of(disk, states)) as view:
+    with closing(view_of(disk, states) if disk.last is None else disk.last.view()) as view:
         since = states.since is not None
         backing = choose_backing(view.base, path, backing_file, backing_format, options, kept=since)
         with engine_for(view, options) as engine:

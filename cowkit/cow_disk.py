@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from cowkit.diff.answers import ChangesReport
     from cowkit.diff.identity import Hash
     from cowkit.diff.options import EngineName
+    from cowkit.disk.trace import TraceEvent
     from cowkit.hosting.disk import HostedDisk
     from cowkit.hosting.server import DiskServer
     from cowkit.server.server import NbdServer
@@ -85,6 +86,7 @@ class CowDisk:
     :param overlay: an earlier difference to this base, from which the disk goes on; without a base, one that stands alone.
         What it holds becomes the disk's own and dirty, and the file is not needed any more. The disk has a checkpoint of that
         moment, ``"overlay"``, and as its size the difference's, unless a larger one is given.
+    :param trace: how many of the last changes to take down for :attr:`trace`, at most 1,000,000; each takes 0.2 microseconds.
     :raises UsageError: an argument makes no sense.
     :raises BaseOpenError: the base cannot be opened.
     :raises OverlayError: ``tmpdir`` is no directory to write to.
@@ -108,6 +110,7 @@ class CowDisk:
         name: str | None = None,
         server: Where = "thread",
         overlay: str | os.PathLike[str] | None = None,
+        trace: int = 0,
     ) -> None:
         self._closed = True  # until there is something to close
         if server not in ("thread", "process"):
@@ -124,6 +127,7 @@ class CowDisk:
             cow_on_cache=cow_on_cache,
             tmpdir=tmpdir,
             overlay=overlay,
+            trace=trace,
         )
         self._hosted: HostedDisk | None = None
         self._disk: Disk | HostedDisk
@@ -583,6 +587,17 @@ class CowDisk:
         for server in self._servers:
             server.stop()
         self._disk.close()
+
+    @property
+    def trace(self) -> list[TraceEvent]:
+        """The last writes, zeroings, flushes, checkpoints, rollbacks and resets, by whomever, oldest first.
+
+        Empty for a disk that was made without ``trace=``. They are there as well when the disk is closed, in a process of its own
+        only if it keeps its last state.
+        """
+        if self._hosted is not None:
+            return self._hosted.trace
+        return [] if self.engine.trace is None else self.engine.trace.events()
 
     # What is left of a closed disk
 

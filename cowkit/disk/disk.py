@@ -17,6 +17,7 @@ from cowkit.disk.last_state import LastState
 from cowkit.disk.layer import Layer, default_directory
 from cowkit.disk.overlay import Overlay
 from cowkit.disk.owner_map import OwnerMap
+from cowkit.disk.trace import Trace
 from cowkit.errors import CheckpointError, DiskClosedError, OutOfBoundsError, UsageError
 
 Buffer = bytes | bytearray | memoryview
@@ -70,6 +71,7 @@ class Disk:
     :param tmpdir: where layers live; ``$TMPDIR`` or ``/var/tmp``, unless given.
     :param cow_on_read: copy what is read from the base into the overlay.
     :param cow_on_cache: copy what a cache request names into the overlay.
+    :param trace: how many of the last changes to take down, at most :data:`cowkit.disk.trace.MOST_EVENTS`.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Disk:
         tmpdir: str | os.PathLike[str] | None = None,
         cow_on_read: bool = False,
         cow_on_cache: bool = False,
+        trace: int = 0,
     ) -> None:
         self.base = base
         self.size = base.size if size is None else size
@@ -91,6 +94,9 @@ class Disk:
         self.overlay = Overlay(
             base, self.size, block_size, directory, cow_on_read=cow_on_read, cow_on_cache=cow_on_cache
         )
+        self.trace = Trace(trace) if trace else None
+        if self.trace is not None:
+            self.trace.watch(self.overlay)
         self.gate = Gate()
         self.closed = False
         self.beginning: Checkpoint | None = None
@@ -169,6 +175,11 @@ class Disk:
     def flush(self) -> None:
         """Nothing is left to do: what was acknowledged is in the overlay, which lives as long as the disk does."""
         self._open()
+        self._note("flush")
+
+    def _note(self, what: str, name: str | None = None) -> None:
+        if self.trace is not None:
+            self.trace.note(what, name)
 
     def _check(self, offset: int, length: int, code: int) -> None:
         if offset < 0 or length < 0 or offset + length > self.size:
@@ -230,6 +241,7 @@ class Disk:
         depth = self.overlay.seal()
         point = Checkpoint(free, self.overlay.map.freeze(), depth)
         self._checkpoints.append(point)
+        self._note("checkpoint", free)
         return point
 
     def _free_name(self, name: str | None) -> str:
@@ -269,6 +281,7 @@ class Disk:
 
     def _rollback(self, point: Checkpoint | str) -> list[Layer]:
         found = self.find_checkpoint(point)
+        self._note("rollback", found.name)
         del self._checkpoints[self._checkpoints.index(found) + 1 :]
         self._forget_views_above(found._depth)
         self.overlay.map.restore(found._map)
@@ -279,6 +292,7 @@ class Disk:
         self.overlay.put_away(self._shut(self._reset))
 
     def _reset(self) -> list[Layer]:
+        self._note("reset")
         self._checkpoints.clear()
         self._forget_views_above(0)
         self.overlay.map.restore(OwnerMap(self.overlay.map.blocks))
@@ -425,6 +439,8 @@ class Disk:
         self.closed = True
         self._checkpoints.clear()
         self._views.clear()
+        if self.trace is not None:
+            self.trace.leave(self.overlay)
         if not self.keeps_last:
             return self.overlay.close()
         sources = list(self.overlay.sources)

@@ -89,6 +89,10 @@ class Hosted:
         failure = self.disk.overlay_failure
         return None if failure is None else dismantled(failure)
 
+    def trace(self) -> list[tuple[Any, ...]]:
+        """The last things that were done to it."""
+        return list(map(tuple, self.disk.trace))
+
     # Servers
 
     def own_server(self) -> tuple[str, str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from cowkit.disk import Checkpoint, Extent, Kind
 from cowkit.disk.disk import Buffer
+from cowkit.disk.trace import TraceEvent
 from cowkit.errors import CowkitError, DiskClosedError, DiskError, ListenError
 from cowkit.hosting.checkpoint import POINTS, HostedCheckpoints
 from cowkit.hosting.errors_in_transit import reassembled
@@ -178,6 +179,11 @@ class HostedDisk:
         failure = reassembled(parts) if parts else None
         assert failure is None or isinstance(failure, DiskError)
         return failure
+
+    @property
+    def trace(self) -> list[TraceEvent]:
+        """The last things that were done to it."""
+        return [TraceEvent(*event) for event in self.call("trace")]
 
     # Serving
 

@@ -64,6 +64,7 @@ def _disk(source: Base, options: DiskOptions, size: int) -> Disk:
         tmpdir=options.tmpdir,
         cow_on_read=options.cow_on_read,
         cow_on_cache=options.cow_on_cache,
+        trace=options.trace,
     )
 
 

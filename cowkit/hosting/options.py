@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 from cowkit.disk.disk import DEFAULT_BLOCK_SIZE, check_block_size
 from cowkit.disk.layer import default_directory
 from cowkit.disk.sizes import parse_size
+from cowkit.disk.trace import MOST_EVENTS
 from cowkit.errors import OverlayError, UsageError
 
 Round = Literal["exact", "down", "up"]
@@ -26,6 +27,7 @@ class DiskOptions(NamedTuple):
     cow_on_cache: bool
     tmpdir: str
     overlay: str | None = None
+    trace: int = 0
 
 
 def checked(
@@ -41,6 +43,7 @@ def checked(
     cow_on_cache: bool,
     tmpdir: str | os.PathLike[str] | None,
     overlay: str | os.PathLike[str] | None = None,
+    trace: int = 0,
 ) -> DiskOptions:
     """The options with their defaults; sizes are in bytes.
 
@@ -62,9 +65,11 @@ def checked(
     _check_overlay_directory(directory)
     # Layers are made later, when the working directory may be another one.
     directory = os.path.abspath(directory)
+    if isinstance(trace, bool) or not isinstance(trace, int) or not 0 <= trace <= MOST_EVENTS:
+        raise UsageError(f"trace is how many events to keep, from 0 to {MOST_EVENTS}, not {trace!r}")
     difference = None if overlay is None else os.fspath(overlay)
     return DiskOptions(
-        whole, block, base_format, start, partition, round, cow_on_read, cow_on_cache, directory, difference
+        whole, block, base_format, start, partition, round, cow_on_read, cow_on_cache, directory, difference, trace
     )
 
 

@@ -137,6 +137,8 @@ class Requests:
             overlay.zero(offset, length)
         elif command == CMD_CACHE:
             overlay.cache(offset, length)
+        elif self._disk.trace is not None:
+            self._disk.trace.note("flush")
         # FLUSH, and FUA on any command: what is acknowledged is in the overlay already, for every connection to see, and
         # the overlay has no life beyond the server's.
         out.append(dialect.done(cookie, offset))

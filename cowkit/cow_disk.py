@@ -410,15 +410,30 @@ class CowDisk:
         return changes(self.engine, states=States(since, at), files=files, image=image, progress=progress)
 
     @_where_the_disk_is
-    def check_diff(self, path: str | os.PathLike[str], *, backing_file: str | None = None) -> None:
+    def check_diff(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        backing_file: str | None = None,
+        backing_format: str | None = None,
+        image: ImageOptions | None = None,
+    ) -> None:
         """Look whether :meth:`diff` could write there, before there is anything to lose.
 
+        :param image: the kind of image; ``ImageOptions()`` is what :meth:`diff` writes unless told otherwise.
         :raises CowkitError: what :meth:`diff` would raise.
         """
+        from cowkit.diff import ImageOptions
         from cowkit.keeping.live import check
 
         self._open()
-        check(self.engine, path, backing_file=backing_file)
+        check(
+            self.engine,
+            path,
+            options=image or ImageOptions(),
+            backing_file=backing_file,
+            backing_format=backing_format,
+        )
 
     # Serving
 

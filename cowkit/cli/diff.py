@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="only what changed since that checkpoint, on top of what was kept of it, which --backing names",
     )
     states.add_argument("--at", metavar="CHECKPOINT", help="what was there at that checkpoint instead of now")
-    add_image_arguments(parser)
+    add_image_arguments(parser, format_option="--format")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -15,9 +15,13 @@ if TYPE_CHECKING:
     from cowkit.diff import ImageOptions
 
 
-def add_image_arguments(parser: argparse.ArgumentParser) -> None:
-    """What says what to write, and who writes it."""
-    image = parser.add_argument_group("what kind of image (default: qcow2 on top of the base)")
+def add_image_arguments(parser: argparse.ArgumentParser, *, format_option: str, what: str = "") -> None:
+    """What says what to write, and who writes it.
+
+    :param format_option: the long spelling of ``-O``.
+    :param what: whose image it is, for the help page.
+    """
+    image = parser.add_argument_group(f"what kind of image{what} (default: qcow2 on top of the base)")
     image.add_argument(
         "--cluster-size",
         metavar="SIZE",
@@ -45,7 +49,8 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
     )
     image.add_argument(
         "-O",
-        "--format",
+        format_option,
+        dest="image_format",
         metavar="FORMAT",
         help="qcow2 (default), raw, rbd (what Ceph's `rbd import-diff` reads), or what QEMU can write, such as vmdk or qed",
     )
@@ -74,8 +79,10 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
 
 def asked_kind(arguments: argparse.Namespace) -> dict[str, Any]:
     """What was asked for, by the names of :class:`cowkit.diff.ImageOptions`; nothing of what was not."""
-    names = ("subclusters", "compress", "bitmap", "standalone", "raw", "hash", "format", "engine")
+    names = ("subclusters", "compress", "bitmap", "standalone", "raw", "hash", "engine")
     kind = {name: value for name in names if (value := getattr(arguments, name)) is not None and value is not False}
+    if arguments.image_format is not None:
+        kind["format"] = arguments.image_format
     if arguments.cluster_size is not None:
         from cowkit.disk.sizes import parse_size  # the engine, for those who need it
 

@@ -10,6 +10,7 @@ import subprocess
 from types import FrameType
 
 from cowkit.cli.arguments import file_argument
+from cowkit.cli.image_arguments import add_image_arguments, asked_kind, image_options, option_of
 from cowkit.cli.main import complain, note
 from cowkit.cli.serving import Serving, add_disk_arguments
 from cowkit.errors import UsageError
@@ -22,6 +23,7 @@ DESCRIPTION = (
 EXAMPLES = """
 cowkit run disk.img -- nbdinfo {uri}
 cowkit run disk.img --diff diff.qcow2 -- qemu-io -f raw -c 'write 0 1M' {uri}
+cowkit run disk.img --diff small.qcow2 --subclusters -- my-test {uri}
 cowkit run --size 1G -- sh -c 'nbdcopy disk.img "$uri" && my-test "$uri"'
 """
 
@@ -43,6 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     keep.add_argument(
         "--backing", metavar="NAME", help="with --diff: the name of the base to record in OUT (default: BASE's path)"
     )
+    keep.add_argument(
+        "--backing-format", metavar="FORMAT", help="with --diff: the format of the base to record (default: what it is)"
+    )
+    add_image_arguments(parser, format_option="--output-format", what=" --diff writes")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -52,8 +58,13 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("give a command to run, behind `--`: cowkit run ... -- CMD ... (see `cowkit run --help`)")
     if any("{file}" in word for word in command):
         raise UsageError("there is no {file}: give CMD {uri} or {socket}, which NBD clients take")
-    if arguments.backing is not None and arguments.diff is None:
-        raise UsageError("--backing names the base in what --diff writes: give --diff OUT, too")
+    if arguments.diff is None:
+        if arguments.backing is not None or arguments.backing_format is not None:
+            raise UsageError("--backing names the base in what --diff writes: give --diff OUT, too")
+        for name in asked_kind(arguments):
+            raise UsageError(f"{option_of(name)} says what kind of image --diff writes: give --diff OUT, too")
+    if arguments.diff == "-":
+        raise UsageError("a difference cannot be written to standard output: name a file (./- if it is to be called -)")
     if arguments.diff is not None and arguments.share != "all":
         raise UsageError(f"--diff keeps what changed on one disk, and with --share {arguments.share} there are several")
     # Until all is cleaned up; _Child passes them on while the command runs.
@@ -84,7 +95,13 @@ def _run(arguments: argparse.Namespace, command: list[str]) -> int:
     try:
         with Serving(arguments, local=True) as serving:
             if arguments.diff is not None:
-                serving.disk.check_diff(arguments.diff, backing_file=arguments.backing)  # not when all the work is done
+                # Not when all the work is done
+                serving.disk.check_diff(
+                    arguments.diff,
+                    backing_file=arguments.backing,
+                    backing_format=arguments.backing_format,
+                    image=image_options(arguments),
+                )
             child = _Child(_filled_in(command, serving), _environment(serving))
             status = child.wait()
             _tell(serving, arguments)
@@ -97,7 +114,13 @@ def _run(arguments: argparse.Namespace, command: list[str]) -> int:
 
 def _tell(serving: Serving, arguments: argparse.Namespace) -> None:
     if arguments.diff is not None:
-        for line in serving.disk.diff(arguments.diff, backing_file=arguments.backing).summary().splitlines():
+        report = serving.disk.diff(
+            arguments.diff,
+            backing_file=arguments.backing,
+            backing_format=arguments.backing_format,
+            **asked_kind(arguments),
+        )
+        for line in report.summary().splitlines():
             note(line)
         if (failure := serving.disk.overlay_failure) is not None:
             note(f"requests were refused: {failure}")

@@ -96,13 +96,21 @@ def view_of(disk: Disk, states: States) -> View:
     return Increment(earlier, later, f"checkpoint {name!r} of {disk.base.given or 'the blank disk'}")
 
 
-def check(disk: Disk, path: str | os.PathLike[str], *, backing_file: str | None = None) -> None:
+def check(
+    disk: Disk,
+    path: str | os.PathLike[str],
+    *,
+    options: ImageOptions,
+    backing_file: str | None = None,
+    backing_format: str | None = None,
+) -> None:
     """Look whether :func:`keep` could write there.
 
     :raises CowkitError: what it would raise.
     """
     path = _plain(path)
-    choose_backing(disk.base, path, backing_file, None, ImageOptions())
+    options.check()
+    choose_backing(disk.base, path, backing_file, backing_format, options)
     check_output(disk.base, path)
 
 

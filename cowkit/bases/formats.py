@@ -121,12 +121,12 @@ def detect(given: str, head: bytes, tail: bytes) -> str:
     if content is None:
         raise BaseOpenError(
             f"base {given} is called {_called(name)} and does not begin like one: "
-            "if it is a raw disk, say so with format='raw' (--format raw)"
+            "if it is a raw disk, say so with base_format='raw' (--format raw)"
         )
     claim = "its name does not say so" if name is None else f"its name says {name}"
     raise BaseOpenError(
         f"base {given} begins like {_called(content)} and {claim}: a raw disk's guest can write such bytes, too, "
-        f"so say which it is, with format={content!r} or format='raw' (--format {content}, --format raw)"
+        f"so say which it is, with base_format={content!r} or base_format='raw' (--format {content}, --format raw)"
     )
 
 

@@ -120,7 +120,7 @@ def _refuse_image_within(base: Base, given: str) -> None:
     if within is not None:
         raise BaseOpenError(
             f"base {given} seems to hold a {within} file and no raw disk: decompress it first, or say that what it holds is raw "
-            f"by naming the compression alone (format={format_of_name(given)!r}, --format {format_of_name(given)})"
+            f"by naming the compression alone (base_format={format_of_name(given)!r}, --format {format_of_name(given)})"
         )
 
 

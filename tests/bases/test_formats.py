@@ -31,7 +31,9 @@ def test_a_raw_file_is_a_plain_file_base(raw: Path) -> None:
 def test_a_qcow2_header_that_a_guest_wrote_into_a_raw_disk_is_not_believed(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_bytes(GUEST_QCOW2.ljust(4096, b"\0"))
-    with pytest.raises(BaseOpenError, match=r"begins like a qcow2 image and its name .*format='qcow2' or format='raw'"):
+    with pytest.raises(
+        BaseOpenError, match=r"begins like a qcow2 image and its name .*base_format='qcow2' or base_format='raw'"
+    ):
         open_base(path)
     base = open_base(path, format="raw")
     assert base.pread(104, 0) == GUEST_QCOW2[:104]
@@ -56,7 +58,9 @@ def test_a_raw_disk_that_begins_like_a_compressed_file_is_asked_about(
 def test_a_name_that_the_content_belies_is_asked_about(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_bytes(bytes(4096))
-    with pytest.raises(BaseOpenError, match="does not begin like one: if it is a raw disk, say so with format='raw'"):
+    with pytest.raises(
+        BaseOpenError, match="does not begin like one: if it is a raw disk, say so with base_format='raw'"
+    ):
         open_base(path)
     base = open_base(path, format="raw")
     assert base.size == 4096

@@ -233,7 +233,10 @@ def test_partition_offset_and_format_reach_the_base(tmp_path: Path, cowkit: Run)
 def test_the_difference_is_of_the_kind_that_is_asked_for(base: Path, tmp_path: Path, cowkit: Run) -> None:
     done = cowkit("run", base, "--diff", "d.vmdk", "-O", "vmdk", "--", "true")
     assert done.returncode == 0, done.stderr
-    assert b"VMDK" in (tmp_path / "d.vmdk").read_bytes()[:1024].upper() or b"KDMV" in (tmp_path / "d.vmdk").read_bytes()[:4]
+    assert (
+        b"VMDK" in (tmp_path / "d.vmdk").read_bytes()[:1024].upper()
+        or b"KDMV" in (tmp_path / "d.vmdk").read_bytes()[:4]
+    )
     done = cowkit("run", base, "--diff", "d.qcow2", "--no-backing", "--compress", "zlib", "--", "true")
     assert done.returncode == 0, done.stderr
     with Qcow2Image(tmp_path / "d.qcow2") as image:
@@ -242,7 +245,9 @@ def test_the_difference_is_of_the_kind_that_is_asked_for(base: Path, tmp_path: P
 
 
 def test_what_kind_of_difference_makes_no_sense_is_said_before_the_command_runs(base: Path, cowkit: Run) -> None:
-    assert "--raw says what kind of image --diff writes" in complaint(cowkit("run", base, "--raw", "--", "touch", "ran"))
+    assert "--raw says what kind of image --diff writes" in complaint(
+        cowkit("run", base, "--raw", "--", "touch", "ran")
+    )
     said = complaint(cowkit("run", base, "--diff", "x", "--raw", "--subclusters", "--", "touch", "ran"))
     assert "a raw file has no subclusters" in said
     assert "cannot be written to standard output" in complaint(cowkit("run", base, "--diff", "-", "--", "touch", "ran"))

@@ -7,7 +7,7 @@ import os
 import stat
 
 from cowkit.cli.arguments import file_argument
-from cowkit.errors import ControlError
+from cowkit.errors import ControlError, UsageError
 from cowkit.server.control_client import ControlClient
 from cowkit.server.runtime import ServerInfo, identity_of, running
 
@@ -38,6 +38,9 @@ def choose(base: str | None, source: str | None) -> ServerInfo:
 
     :raises ControlError: there is none, there are several, or ``source`` serves another base than ``base``.
     """
+    for option, given in (("--base", base), ("--from", source)):
+        if given == "":
+            raise UsageError(f"{option} is empty: give a name, or leave it out")
     servers = running()
     if source is not None:
         found = _from(source, servers)

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import threading
+from collections.abc import Collection
 from types import TracebackType
 from typing import Self
 
@@ -29,6 +30,42 @@ class Ending:
             self._asked = True
             self.reason = reason
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Opening:
+    """A context in which the signals that end the process, blocked as they are, end it at once.
+
+    A disk that is being opened may wait for a network file system, for a server, or for a long difference to be copied, and there
+    is nothing yet that would have to be put in order: what is open has no name, programs that were started end with this
+    one, and the directory of the sockets is cleared away by whoever comes next.
+
+    :param signals: blocked in this thread, and so in those that it starts.
+    """
+
+    def __init__(self, signals: Collection[signal.Signals]) -> None:
+        self._signals = tuple(signals)
+        self._thread = threading.Thread(target=self._wait, name="cowkit-opening", daemon=True)
+
+    def __enter__(self) -> Self:
+        signal.pthread_sigmask(signal.SIG_BLOCK, (_OPEN,))
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._thread.ident is not None
+        signal.pthread_kill(self._thread.ident, _OPEN)
+        self._thread.join()
+
+    def _wait(self) -> None:
+        got = signal.sigwait((*self._signals, _OPEN))
+        if got != _OPEN:
+            os._exit(128 + got)
+
+
+_OPEN = signal.SIGUSR2
+"""To the thread that waits: the disk is open, leave the signals to the others."""
 
 
 class ReadyLine:

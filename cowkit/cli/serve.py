@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from cowkit.cli.arguments import file_argument
-from cowkit.cli.lives import Ending, PidFile, ReadyLine
+from cowkit.cli.lives import Ending, Opening, PidFile, ReadyLine
 from cowkit.cli.main import note
 from cowkit.cli.serving import Serving, add_disk_arguments
 from cowkit.errors import UsageError
@@ -104,14 +104,15 @@ def _serve(arguments: argparse.Namespace) -> None:
             stack.callback(stream.close)
         # Then whoever started this process talks to the user, and knows where clients connect.
         quiet = bool(listeners) or stream is not None
-        serving = stack.enter_context(
-            Serving(
-                arguments,
-                quit=lambda: ending.ask("host-qmp-quit"),
-                listeners=listeners,
-                on_idle=ending.ask if arguments.once else None,
+        with Opening(_ENDING):
+            serving = stack.enter_context(
+                Serving(
+                    arguments,
+                    quit=lambda: ending.ask("host-qmp-quit"),
+                    listeners=listeners,
+                    on_idle=ending.ask if arguments.once else None,
+                )
             )
-        )
         if arguments.pid_file is not None:
             stack.enter_context(PidFile(arguments.pid_file))
         if stream is not None:

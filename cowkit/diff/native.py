@@ -70,6 +70,10 @@ def write_diff(
     shape = shape_for(view.size, options)
     if options.bitmap is not None and not view.size:
         raise UsageError("an empty disk has nothing for a bitmap to mark, and QEMU refuses such an image: leave it out")
+    if not view.size and options.needs_qemu is not None:
+        raise UsageError(
+            f"an empty disk cannot be written with {options.needs_qemu}: QEMU makes no such image of 0 bytes"
+        )
     if backing_file is None and options.names_base and (view.base.path or view.base.given):
         raise UsageError(f"a difference to {view.base.given} needs a name for it: give backing_file")
     if backing_file is not None and not options.names_base:

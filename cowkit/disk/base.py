@@ -14,17 +14,10 @@ from typing import NamedTuple
 
 from cowkit.disk.counted import Counted
 from cowkit.disk.extent import Extent, Kind
-from cowkit.disk.files import ShortReadError, data_and_holes, map_for_reading, on_tmpfs, pread_whole
+from cowkit.disk.files import NO_DISK, ShortReadError, data_and_holes, map_for_reading, on_tmpfs, pread_whole
 from cowkit.disk.sizes import parse_size
 from cowkit.disk.source import ZeroSource
 from cowkit.errors import BaseChangedError, BaseError, BaseOpenError, UsageError
-
-_REFUSED = {
-    stat.S_IFDIR: "a directory",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFIFO: "a pipe",
-    stat.S_IFCHR: "a character device",
-}
 
 
 def _meant_as_size(given: str) -> str:
@@ -169,8 +162,8 @@ class FileBase(Base):
         try:
             # Look before opening: opening a pipe waits for a writer, opening a device may do something.
             kind = stat.S_IFMT(os.stat(self.given).st_mode)
-            if kind in _REFUSED:
-                raise BaseOpenError(f"base {self.given} is {_REFUSED[kind]}: give a raw image file or a block device")
+            if kind in NO_DISK:
+                raise BaseOpenError(f"base {self.given} is {NO_DISK[kind]}: give a raw image file or a block device")
             fd = os.open(self.given, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except FileNotFoundError as error:
             raise BaseOpenError(

@@ -5,9 +5,18 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import stat
 from collections.abc import Iterator
 
 from cowkit.disk.extent import Extent, Kind
+
+NO_DISK = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFCHR: "a character device",
+}
+"""What is neither a regular file nor a block device, by its kind (``stat.S_IFMT``): opening it may wait, or do something."""
 
 
 class ShortReadError(OSError):

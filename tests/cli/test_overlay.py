@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import signal
+import socket
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from cowkit.diff import Qcow2Image
 from cowkit.diff.identity import BaseIdentity
-from tests.cli.helpers import Run, Serve, complaint, content, read, write
+from tests.cli.helpers import COWKIT, Run, Serve, complaint, content, read, write
 
 pytestmark = pytest.mark.requires(modules=["nbd"])
 
@@ -53,3 +57,34 @@ def test_the_digest_of_the_whole_base_is_that_of_sha256sum(
     assert full == hashlib.sha256(base.read_bytes()).hexdigest()
     said = complaint(cowkit("diff", "--base", "disk.img", "-o", "d.qcow2", "--hash", "full", "--raw"))
     assert "leave out hash" in said
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("serve", "disk.img", "--overlay", "pipe"),
+        ("verify", "pipe"),
+        ("apply", "pipe", "--to", "new.img"),
+        ("map", "pipe"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_pipe_is_no_difference_and_nobody_waits_for_its_writer(
+    cowkit: Run, base: Path, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert "pipe is a pipe, and no image" in complaint(cowkit(*command))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_while_its_base_is_being_opened(tmp_path: Path, number: signal.Signals) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "silent"))
+        listener.listen()
+        uri = f"nbd+unix:///?socket={tmp_path}/silent"
+        process = subprocess.Popen([*COWKIT, "serve", uri], stdout=subprocess.PIPE)
+        client, _ = listener.accept()  # it waits for a greeting from here on
+        with client, process:
+            process.send_signal(number)
+            assert process.communicate(timeout=20)[0] == b""
+            assert process.returncode == 128 + number

@@ -90,6 +90,16 @@ def test_a_base_that_is_being_served_is_left_alone(cowkit: Run, serve: Serve, ba
     assert base.read_bytes() == before
 
 
+def test_a_base_that_a_served_difference_stands_on_is_left_alone(
+    cowkit: Run, serve: Serve, base: Path, changed: bytes, tmp_path: Path
+) -> None:
+    before = base.read_bytes()
+    server = serve("diff.qcow2")
+    said = complaint(cowkit("apply", "diff.qcow2", "--in-place", "--force"))
+    assert f"the disk diff.qcow2 that process {server.pid} serves stands on it, by way of its base" in said
+    assert base.read_bytes() == before
+
+
 def test_finish_goes_on_from_the_journal(
     cowkit: Run, changed: bytes, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -150,7 +151,7 @@ class Image:
                 order.backing_file.encode()
             except UnicodeEncodeError as error:
                 raise UsageError(
-                    f"the engine qmp cannot record the name of the base, {order.backing_file!r}, which is no UTF-8: the "
+                    f"the engine qmp cannot record the name of the base, {os.fsencode(order.backing_file)!r}, which is no UTF-8: the "
                     "engines native and qemu-img can"
                 ) from error
             chosen |= {"backing-file": order.backing_file, "backing-fmt": order.backing_format}

@@ -32,6 +32,7 @@ from cowkit.diff.qcow2.layout import (
     Header,
     up,
 )
+from cowkit.disk.files import NO_DISK
 from cowkit.errors import ImageError
 
 MOST_CLUSTER_BITS = 21
@@ -85,7 +86,10 @@ def open_image(path: str) -> int:
     :raises ImageError: it cannot be opened.
     """
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        kind = stat.S_IFMT(os.stat(path).st_mode)  # before it is opened: opening a pipe waits for a writer
+        if kind in NO_DISK:
+            raise ImageError(f"{path} is {NO_DISK[kind]}, and no image: give a qcow2 file")
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise ImageError(f"cannot open image {path}: {error.strerror}") from error
     except ValueError as error:  # a null byte in the path

@@ -20,7 +20,7 @@ from tests.diff.helpers import make_base, noise
 
 MIB = 1 << 20
 SIZE = 8 * MIB
-ROUNDS = [4, pytest.param(35, marks=pytest.mark.slow)]
+ROUNDS = [4, pytest.param(50, marks=pytest.mark.slow)]
 
 # Forks, so that a run costs no start of Python: the child is killed when it has made a certain number of system calls that
 # matter, or after a moment that is drawn.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from cowkit.cli.arguments import file_argument
+from cowkit.errors import UsageError
 
 TYPE_CHECKING = False  # as typing has it, which takes long to import
 if TYPE_CHECKING:
@@ -66,6 +68,25 @@ def show(report: ChangesReport, arguments: argparse.Namespace, title: str) -> No
             print()
         draw_map(report)
     write_picture(report, arguments.svg, title)
+
+
+def check_picture(path: str | None, *needed: str | None) -> None:
+    """Look whether the picture could be written to ``path``, if there is one to write, before anything else is done.
+
+    :param needed: what must not be replaced by it, and neither must what such a file stands on.
+    :raises UsageError: it is no name of a file.
+    :raises OutputError: it cannot be written, or is one of those that are needed.
+    """
+    if path is None:
+        return
+    if path == "-":
+        raise UsageError("a picture cannot be written to standard output: name a file (./- if it is to be called -)")
+    from cowkit.diff.output import AtomicOutput
+    from cowkit.diff.qcow2.header import backing_chain
+
+    files = [each for each in needed if each is not None]
+    spare = [each for file in files for each in (file, *backing_chain(os.path.abspath(file)))]
+    AtomicOutput(path, spare=spare).check()
 
 
 def write_picture(report: ChangesReport, path: str | None, title: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from cowkit.cli.answers import add_svg_argument, as_json, draw_map, write_picture
+from cowkit.cli.answers import add_svg_argument, as_json, check_picture, draw_map, write_picture
 from cowkit.cli.arguments import file_argument
 from cowkit.cli.choose import add_choice, choose
 from cowkit.cli.progress import Bar
@@ -59,6 +59,7 @@ def _of_disk(arguments: argparse.Namespace) -> tuple[ChangesReport, str]:
 
     states = {name: value for name in ("since", "at") if (value := getattr(arguments, name)) is not None}
     server = choose(arguments.base, arguments.source)
+    check_picture(arguments.svg, arguments.base, arguments.source, server.base)
     with ControlClient(server.control) as client, Bar("map") as bar:
         answer = client.execute("cowkit-changes", states, on_event=bar.event)
     return ChangesReport.from_json(answer["report"]), server.name
@@ -70,6 +71,7 @@ def _of_image(arguments: argparse.Namespace) -> tuple[ChangesReport, str]:
             raise UsageError(
                 f"{option} is about a disk that is being served, and {arguments.diff} is a file: leave out one"
             )
+    check_picture(arguments.svg, arguments.diff)
     from cowkit.diff.answers.of_image import changes_in
 
     return changes_in(arguments.diff), os.path.basename(arguments.diff)

@@ -80,6 +80,8 @@ def write_diff(
     check_format_name(backing_format)
     view.base.verify_path()
     spared = [*_spared(view.base, path, backing_file), *spare]
+    if options.secret_file is not None:
+        spared.append(os.fspath(options.secret_file))
     with _base_blamed(view.base), AtomicOutput(path, spare=spared) as output:
         identity = None
         if backing_file is not None and options.kind == "qcow2":
@@ -236,12 +238,13 @@ def _writer(
     yield kind(output, shape, backing_file=name, backing_format=backing_format)
 
 
-def check_output(base: Base, path: str | os.PathLike[str]) -> None:
+def check_output(base: Base, path: str | os.PathLike[str], *, spare: Iterable[str] = ()) -> None:
     """Look whether a difference to ``base`` could be written to ``path``, without writing anything.
 
+    :param spare: files that ``path`` must not be, beside those that the image stands on.
     :raises OutputError: it could not.
     """
-    AtomicOutput(path, spare=_spared(base, path, None)).check()
+    AtomicOutput(path, spare=[*_spared(base, path, None), *spare]).check()
 
 
 def _spared(base: Base, output: str | os.PathLike[str], backing_file: str | None) -> list[str]:

@@ -9,7 +9,7 @@ from cowkit.cli import foreign
 from cowkit.cli.answers import add_answer_arguments, as_json, check_picture, is_asked, show
 from cowkit.cli.arguments import file_argument
 from cowkit.cli.choose import add_choice, choose
-from cowkit.cli.image_arguments import add_image_arguments, as_members, asked_kind, option_of
+from cowkit.cli.image_arguments import add_image_arguments, as_members, asked_kind, note_names, option_of
 from cowkit.cli.progress import Bar
 from cowkit.errors import UsageError
 from cowkit.server.control_client import ControlClient
@@ -52,10 +52,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backing",
         dest="backing_file",
         metavar="NAME",
-        help="the name of the base to record in OUT (default: BASE's path; if that is relative, as seen from OUT's directory)",
+        help="the name of the base to record in OUT, or with --since of what was kept of that state; QEMU looks for "
+        "a relative one from OUT's directory (default: BASE's path)",
     )
     parser.add_argument(
-        "--backing-format", metavar="FORMAT", help="the format of the base to record (default: what it is)"
+        "--backing-format",
+        metavar="FORMAT",
+        help="the format of the base to record (default: what it is; qcow2 with --since, while there is no such file)",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON, with each extent that changed")
     parser.add_argument(
@@ -101,6 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         report, summary, name = _kept_by_server(arguments)
     print(as_json(report) if arguments.json else summary)
+    note_names(arguments.output, arguments.backing_file, arguments)
     if is_asked(arguments) and _show(report["changes"], arguments, name):
         return 2
     return 1 if arguments.exit_code and report["changed_bytes"] else 0

@@ -51,8 +51,8 @@ def keep(
     options.check()
     path = _plain(path)
     with closing(view_of(disk, states) if disk.last is None else disk.last.view()) as view:
-        since = states.since is not None
-        backing = choose_backing(view.base, path, backing_file, backing_format, options, kept=since)
+        kept = None if states.since is None else view
+        backing = choose_backing(view.base, path, backing_file, backing_format, options, kept=kept)
         with engine_for(view, options) as engine:
             report = write_diff(
                 view,

@@ -59,7 +59,10 @@ def test_images_are_kept_with_all_options(base: Path, tmp_path: Path, cowkit: Ru
         *("--cluster-size", "4K", "--bitmap", "b", "--backing", "copy.img", "--json", "--exit-code"),
     )
     report = json.loads(done.stdout)
-    assert (done.returncode, done.stderr) == (1, "")
+    assert (done.returncode, done.stderr) == (
+        1,
+        "cowkit: d.qcow2 cannot be read as long as its backing file copy.img is not there\n",
+    )
     assert (report["cluster_size"], report["changed_bytes"], report["backing_file"]) == (4096, 8192, "copy.img")
     os.link(base, tmp_path / "copy.img")
     same(tmp_path / "d.qcow2", tmp_path / "overlay")

@@ -187,13 +187,16 @@ def identity_of(view: View, *, full: bool, progress: Progress | None) -> tuple[B
     :param full: with the digest of the whole base.
     """
     base = view.base
+    increment = isinstance(base, ViewBase)
     if not full:
-        return (None if base.scattered_reads_are_slow else identify(base)), progress
+        if base.scattered_reads_are_slow:
+            return None, progress
+        return identify(base)._replace(increment=increment), progress
     if progress is None:
-        return identify(base, full=True), None
+        return identify(base, full=True)._replace(increment=increment), None
     tell, dirty = progress, view.dirty_bytes
     whole = identify(base, full=True, progress=_every(200, base.size, lambda done, total: tell(done, total + dirty)))
-    return whole, lambda done, total: tell(base.size + done, base.size + total)
+    return whole._replace(increment=increment), lambda done, total: tell(base.size + done, base.size + total)
 
 
 def _every(times: int, total: int, progress: Progress) -> Progress:

@@ -191,7 +191,7 @@ def estimate_lines(report: ChangesReport) -> Iterator[str]:
 
 def map_lines(report: ChangesReport, width: int) -> Iterator[tuple[str, bool]]:
     """The disk's strip and each partition's, and whether a line is one; all are at most ``width`` characters long."""
-    from cowkit.diff.answers.picture import summary
+    from cowkit.diff.answers.picture import changed_word, summary
     from cowkit.diff.answers.strip import LEGEND, strip
     from cowkit.disk.sizes import format_size
 
@@ -201,7 +201,7 @@ def map_lines(report: ChangesReport, width: int) -> Iterator[tuple[str, bool]]:
         yield _ruler(report, width), False
     for each in report.partitions:
         what = f"partition {each.number}: {each.file_system or 'unknown content'}, {format_size(each.size)}"
-        yield f"{what}; {each.amounts.changed} changed", False
+        yield f"{what}; {each.amounts.changed} {changed_word(report)}", False
         yield strip(report.changed, each.size, width, start=each.offset, dirty=report.dirty), True
     yield LEGEND, False
 

@@ -102,7 +102,7 @@ def test_a_map_marks_partitions() -> None:
     lines = [line for line, _ in map_lines(report, 40)]
     assert lines[1].strip("·") != ""
     assert lines[2] == "     [1-------]"
-    assert lines[3] == "partition 1: unknown content, 2 MiB; 0 B in 0 extents changed"
+    assert lines[3] == "partition 1: unknown content, 2 MiB; 0 B in 0 extents of the disk's data"
     assert lines[4] == "·" * 40
     assert report.partition_table == "added"
 

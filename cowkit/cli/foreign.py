@@ -165,11 +165,17 @@ def _server_below(arguments: argparse.Namespace) -> ServerInfo | None:
 
 
 def _server_of_another_base(arguments: argparse.Namespace) -> ServerInfo | None:
-    """The one running server that is the source, if ``--base`` has nothing to do with it: then that is what to compare with."""
+    """The one running server whose URI is the source, if ``--base`` is none of its: then that is what to compare with.
+
+    A name or process id chooses among cowkit's disks, and with another base says two things that do not go together.
+    """
     base: str | None = arguments.base
-    if base is None or arguments.source is None or arguments.since is not None or not (_is_uri(base) or _is_disk(base)):
+    source: str | None = arguments.source
+    if base is None or source is None or not _is_uri(source) or arguments.since is not None:
         return None
-    servers = matching(arguments.source)
+    if not (_is_uri(base) or _is_disk(base)):
+        return None
+    servers = matching(source)
     return servers[0] if len(servers) == 1 and not serves(servers[0], base) else None
 
 

@@ -140,7 +140,7 @@ def test_a_disk_that_cowkit_serves_is_compared_with_another_base(
     (tmp_path / "same.img").write_bytes(now)
     now[4097:4100] = b"boo"
     (tmp_path / "now.img").write_bytes(now)
-    for source in (server.uri, server.pid):
+    for source in (server.uri, server.uri.replace("nbd+unix:///", "nbd+unix://")):
         done = cowkit("diff", "--base", "same.img", "--from", source, "-o", "d.qcow2", "--json", "--base-format", "raw")
         assert (done.returncode, done.stderr) == (0, "")
         report = json.loads(done.stdout)
@@ -151,6 +151,8 @@ def test_a_disk_that_cowkit_serves_is_compared_with_another_base(
         )
         same(tmp_path / "d.qcow2", tmp_path / "now.img", other_format="raw")
     assert cowkit("diff", "--base", "now.img", "--from", server.uri, "--stat", "--exit-code").returncode == 0
+    said = complaint(cowkit("diff", "--base", "now.img", "--from", server.pid, "-o", "d.qcow2"))
+    assert said.endswith("; leave out --base, or --from"), "a process id chooses a disk, of another base than this"
     assert not list(tmp_path.glob(".cowkit*"))
 
 

@@ -325,9 +325,9 @@ class CowDisk:
             checkpoint; ``backing_file`` names that.
         :param at: what was there at that checkpoint instead of now.
         :param backing_file: the name of the base to record; unless given, the base's path: relative to ``path``'s directory
-            if the base was given as a relative path.
-        :param backing_format: the base's format to record, as QEMU names it; unless given, what it was opened as, and
-            ``"qcow2"`` with ``since``.
+            if the base was given as a relative path. A file that is there already must hold what the image is to stand on.
+        :param backing_format: the base's format to record, as QEMU names it; unless given, what it was opened as; with ``since``,
+            what the file of that name is, ``"qcow2"`` while there is none.
         :param cluster_size: of the image: a power of two from 4096 bytes to 2 MiB; 64 KiB unless given.
         :param subclusters: divide clusters by 32 (extended L2 entries, QEMU 5.2 and later), so that a small change costs little.
         :param compress: compress each cluster, by ``"zlib"`` or by ``"zstd"`` (QEMU 5.1 and later).

@@ -38,7 +38,7 @@ class WindowBase(Base):
         self.scattered_reads_are_slow = inner.scattered_reads_are_slow
         self.backing_refusal = (
             f"{what} of {inner.given} cannot be a qcow2 backing file, since that is always a whole file or device: copy the "
-            "window to a file of its own and name that one (--backing part.img)"
+            "window to a file of its own and name that one (--backing COPY)"
         )
 
     @property

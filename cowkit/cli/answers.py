@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from cowkit.cli.arguments import file_argument
+from cowkit.errors import UsageError
 
 TYPE_CHECKING = False  # as typing has it, which takes long to import
 if TYPE_CHECKING:
@@ -66,6 +68,25 @@ def show(report: ChangesReport, arguments: argparse.Namespace, title: str) -> No
             print()
         draw_map(report)
     write_picture(report, arguments.svg, title)
+
+
+def check_picture(path: str | None, *needed: str | None) -> None:
+    """Look whether the picture could be written to ``path``, if there is one to write, before anything else is done.
+
+    :param needed: what must not be replaced by it, and neither must what such a file stands on.
+    :raises UsageError: it is no name of a file.
+    :raises OutputError: it cannot be written, or is one of those that are needed.
+    """
+    if path is None:
+        return
+    if path == "-":
+        raise UsageError("a picture cannot be written to standard output: name a file (./- if it is to be called -)")
+    from cowkit.diff.output import AtomicOutput
+    from cowkit.diff.qcow2.header import backing_chain
+
+    files = [each for each in needed if each is not None]
+    spare = [each for file in files for each in (file, *backing_chain(os.path.abspath(file)))]
+    AtomicOutput(path, spare=spare).check()
 
 
 def write_picture(report: ChangesReport, path: str | None, title: str) -> None:
@@ -170,7 +191,7 @@ def estimate_lines(report: ChangesReport) -> Iterator[str]:
 
 def map_lines(report: ChangesReport, width: int) -> Iterator[tuple[str, bool]]:
     """The disk's strip and each partition's, and whether a line is one; all are at most ``width`` characters long."""
-    from cowkit.diff.answers.picture import summary
+    from cowkit.diff.answers.picture import changed_word, summary
     from cowkit.diff.answers.strip import LEGEND, strip
     from cowkit.disk.sizes import format_size
 
@@ -180,7 +201,7 @@ def map_lines(report: ChangesReport, width: int) -> Iterator[tuple[str, bool]]:
         yield _ruler(report, width), False
     for each in report.partitions:
         what = f"partition {each.number}: {each.file_system or 'unknown content'}, {format_size(each.size)}"
-        yield f"{what}; {each.amounts.changed} changed", False
+        yield f"{what}; {each.amounts.changed} {changed_word(report)}", False
         yield strip(report.changed, each.size, width, start=each.offset, dirty=report.dirty), True
     yield LEGEND, False
 

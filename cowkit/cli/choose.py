@@ -65,7 +65,8 @@ def choose(base: str | None, source: str | None) -> ServerInfo:
     if not servers:
         start = f"cowkit serve {base or 'BASE'}"
         raise ControlError(f"no server matches {wanted}: nothing is being served; start one with `{start}`")
-    raise ControlError(f"no server matches {wanted}; these are running: {_list(servers)}; choose one with --from")
+    how = "leave out --base, or --from" if source and base and _from(source, servers) else "choose one with --from"
+    raise ControlError(f"no server matches {wanted}; these are running: {_list(servers)}; {how}")
 
 
 def _list(servers: list[ServerInfo]) -> str:

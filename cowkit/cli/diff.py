@@ -6,10 +6,10 @@ import argparse
 import os
 
 from cowkit.cli import foreign
-from cowkit.cli.answers import add_answer_arguments, as_json, is_asked, show
+from cowkit.cli.answers import add_answer_arguments, as_json, check_picture, is_asked, show
 from cowkit.cli.arguments import file_argument
 from cowkit.cli.choose import add_choice, choose
-from cowkit.cli.image_arguments import add_image_arguments, as_members, asked_kind, option_of
+from cowkit.cli.image_arguments import add_image_arguments, as_members, asked_kind, note_names, option_of
 from cowkit.cli.progress import Bar
 from cowkit.errors import UsageError
 from cowkit.server.control_client import ControlClient
@@ -52,10 +52,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backing",
         dest="backing_file",
         metavar="NAME",
-        help="the name of the base to record in OUT (default: BASE's path; if that is relative, as seen from OUT's directory)",
+        help="the name of the base to record in OUT, or with --since of what was kept of that state; QEMU looks for "
+        "a relative one from OUT's directory (default: BASE's path)",
     )
     parser.add_argument(
-        "--backing-format", metavar="FORMAT", help="the format of the base to record (default: what it is)"
+        "--backing-format",
+        metavar="FORMAT",
+        help="the format of the base to record (default: what it is; qcow2 with --since, while there is no such file)",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON, with each extent that changed")
     parser.add_argument(
@@ -92,6 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("--estimate tells how large OUT would be, and -o writes it: leave out one of them")
     if arguments.output == "-":
         raise UsageError("a difference cannot be written to standard output: name a file (./- if it is to be called -)")
+    _check_picture(arguments)
     with Bar() as bar:
         kept = foreign.keep(arguments, bar.update)
     if kept is not None:
@@ -100,6 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         report, summary, name = _kept_by_server(arguments)
     print(as_json(report) if arguments.json else summary)
+    note_names(arguments.output, arguments.backing_file, arguments)
     if is_asked(arguments) and _show(report["changes"], arguments, name):
         return 2
     return 1 if arguments.exit_code and report["changed_bytes"] else 0
@@ -108,6 +113,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _kept_by_server(arguments: argparse.Namespace) -> tuple[dict[str, Any], str, str]:
     """Ask the server for the difference: its report and summary, and the disk's name."""
     server = choose(arguments.base, arguments.source)
+    _check_picture(arguments, server.base)
     # Not checked here: the server writes it, and knows best
     folder = "/" if arguments.output.endswith("/") else ""  # which abspath drops, and a file is no folder
     asked: dict[str, Any] = {"path": os.path.abspath(arguments.output) + folder, **_states(arguments)}
@@ -139,6 +145,7 @@ def _answer(arguments: argparse.Namespace) -> int:
         raise UsageError(
             f"{option_of(next(iter(kind)))} says what kind of image: give -o OUT to write one, or --estimate to learn its size"
         )
+    _check_picture(arguments)
     with Bar() as bar:
         found = foreign.look(arguments, bar.update)
     if found is not None:
@@ -155,11 +162,17 @@ def _answer(arguments: argparse.Namespace) -> int:
 def _told_by_server(arguments: argparse.Namespace, kind: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """Ask the server what changed: its report, and the disk's name."""
     server = choose(arguments.base, arguments.source)
+    _check_picture(arguments, server.base)
     asked: dict[str, Any] = {**_states(arguments), "files": arguments.files}
     if arguments.estimate:
         asked |= {"estimate": True, **as_members(kind)}
     with ControlClient(server.control) as client, Bar() as bar:
         return client.execute("cowkit-changes", asked, on_event=bar.event)["report"], server.name
+
+
+def _check_picture(arguments: argparse.Namespace, base: str | None = None) -> None:
+    """See that the picture replaces nothing of what this is about; ``base`` is that of the server that is asked."""
+    check_picture(arguments.svg, arguments.output, arguments.base, arguments.source, arguments.secret_file, base)
 
 
 def _states(arguments: argparse.Namespace) -> dict[str, Any]:

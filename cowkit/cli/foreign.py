@@ -1,7 +1,7 @@
 """`cowkit diff` of what no cowkit serves: an NBD export of another server, or an image file, compared with a base.
 
-And of a disk that one does serve, on top of an earlier difference: the server keeps all that changed, as of one moment, in a
-file that has lost its name by the time it is read, and that is compared with the earlier difference.
+And of a disk that one does serve, on top of an earlier difference or compared with another base than its own: the server
+keeps all that changed, as of one moment, in a file that has lost its name by the time it is read, and that is compared.
 """
 
 from __future__ import annotations
@@ -102,7 +102,13 @@ def _of_foreign(arguments: argparse.Namespace, compare: Callable[[str, str | Non
     """What ``compare`` has of a foreign source and its format; None where it is none."""
     if _is_foreign(arguments):
         return compare(arguments.source, arguments.from_format)
-    server = _server_below(arguments)
+    server = _server_below(arguments) or _server_of_another_base(arguments)
+    for name in ("base_format", "from_format", "from_context"):
+        if getattr(arguments, name) is not None and (server is None or name != "base_format"):
+            option = name.replace("_", "-")
+            raise UsageError(
+                f"--{option} is for a source that no cowkit serves (--from URI or --from IMAGE): leave it out"
+            )
     if server is None:
         return None
     fd = _kept_by(server, arguments)
@@ -115,13 +121,12 @@ def _of_foreign(arguments: argparse.Namespace, compare: Callable[[str, str | Non
 def _is_foreign(arguments: argparse.Namespace) -> bool:
     """Whether ``--from`` names an NBD URI or a file, and no running cowkit."""
     source: str | None = arguments.source
-    if source is None or not (_is_uri(source) or _is_disk(source)) or matching(source):
-        for name in ("base_format", "from_format", "from_context"):
-            if getattr(arguments, name) is not None:
-                option = name.replace("_", "-")
-                raise UsageError(
-                    f"--{option} is for a source that no cowkit serves (--from URI or --from IMAGE): leave it out"
-                )
+    if source is None or matching(source):
+        return False
+    if not (_is_uri(source) or _is_disk(source)):
+        if "/" in source or "." in source:  # a path rather than a name
+            what = f"{source} is no image file" if os.path.lexists(source) else f"there is no file {source}"
+            raise ControlError(f"no server matches --from {source}, and {what}; `cowkit ls` lists the servers")
         return False
     if arguments.base is None:
         try:
@@ -159,9 +164,26 @@ def _server_below(arguments: argparse.Namespace) -> ServerInfo | None:
     return found[0] if len(found) == 1 else None
 
 
+def _server_of_another_base(arguments: argparse.Namespace) -> ServerInfo | None:
+    """The one running server whose URI is the source, if ``--base`` is none of its: then that is what to compare with.
+
+    A name or process id chooses among cowkit's disks, and with another base says two things that do not go together.
+    """
+    base: str | None = arguments.base
+    source: str | None = arguments.source
+    if base is None or source is None or not _is_uri(source) or arguments.since is not None:
+        return None
+    if not (_is_uri(base) or _is_disk(base)):
+        return None
+    servers = matching(source)
+    return servers[0] if len(servers) == 1 and not serves(servers[0], base) else None
+
+
 def _kept_by(server: ServerInfo, arguments: argparse.Namespace) -> int:
-    """A descriptor of a file without a name that has all that changed on the server's disk, on top of its base."""
-    assert server.base is not None
+    """A descriptor of a file without a name that has all that changed on the server's disk, on top of its base.
+
+    Where no image can stand on that base, such as a part of a file, it has all of the disk.
+    """
     if arguments.output is not None:
         folder = os.path.dirname(os.path.realpath(arguments.output))
     else:
@@ -169,12 +191,18 @@ def _kept_by(server: ServerInfo, arguments: argparse.Namespace) -> int:
 
         folder = os.path.realpath(default_directory())
     path = os.path.join(folder, f".cowkit-{os.urandom(8).hex()}.tmp")
-    asked = {"path": path, "backing-file": os.path.realpath(server.base)}
+    asked: dict[str, object] = {"path": path}
+    if server.base is not None and _is_disk(server.base):
+        asked["backing-file"] = os.path.realpath(server.base)
     if arguments.at is not None:
         asked["at"] = arguments.at
     try:
         with ControlClient(server.control) as client:
-            client.execute("cowkit-diff", asked)
+            try:
+                client.execute("cowkit-diff", asked)
+            except ControlError:  # if that is not about the base, the same will be said again
+                asked.pop("backing-file", None)
+                client.execute("cowkit-diff", {**asked, "standalone": True})
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     finally:
         with contextlib.suppress(OSError):

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from cowkit.diff import ImageOptions
 
 
+_RAW_NAMES = {".raw": "raw", ".img": "raw", ".luks": "luks"}
+
+
 def add_image_arguments(parser: argparse.ArgumentParser, *, format_option: str, what: str = "") -> None:
     """What says what to write, and who writes it.
 
@@ -99,6 +102,23 @@ def image_options(arguments: argparse.Namespace) -> ImageOptions:
     from cowkit.diff import ImageOptions
 
     return ImageOptions(**asked_kind(arguments))
+
+
+def note_names(output: str, backing: str | None, arguments: argparse.Namespace) -> None:
+    """Say on standard error what of an image that was written may not be what its names say."""
+    from cowkit.bases.formats import format_of_name
+    from cowkit.bases.opening import is_uri
+    from cowkit.cli.main import note
+
+    claimed = _RAW_NAMES.get(os.path.splitext(output)[1].lower()) or format_of_name(output)
+    if claimed not in (None, "qcow2") and arguments.image_format is None and not arguments.raw:
+        note(f"{output} is a qcow2 image, whatever its name says (-O {claimed} writes another)")
+    if backing is None or is_uri(backing):
+        return
+    folder = os.path.dirname(os.path.realpath(output))
+    if not os.path.exists(os.path.join(folder, backing)):
+        where = f", from OUT's directory: {os.path.join(folder, backing)}" if os.path.exists(backing) else ""
+        note(f"{output} cannot be read as long as its backing file {backing} is not there{where}")
 
 
 def as_members(kind: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import subprocess
 from types import FrameType
 
 from cowkit.cli.arguments import file_argument
-from cowkit.cli.image_arguments import add_image_arguments, asked_kind, image_options, option_of
+from cowkit.cli.image_arguments import add_image_arguments, asked_kind, image_options, note_names, option_of
 from cowkit.cli.main import complain, note
 from cowkit.cli.serving import Serving, add_disk_arguments
 from cowkit.errors import UsageError
@@ -43,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
     )
     keep.add_argument(
-        "--backing", metavar="NAME", help="with --diff: the name of the base to record in OUT (default: BASE's path)"
+        "--backing",
+        metavar="NAME",
+        help="with --diff: the name of the base to record in OUT, as seen from OUT's directory if it is relative (default: BASE's path)",
     )
     keep.add_argument(
         "--backing-format", metavar="FORMAT", help="with --diff: the format of the base to record (default: what it is)"
@@ -122,6 +124,7 @@ def _tell(serving: Serving, arguments: argparse.Namespace) -> None:
         )
         for line in report.summary().splitlines():
             note(line)
+        note_names(arguments.diff, arguments.backing, arguments)
         if (failure := serving.disk.overlay_failure) is not None:
             note(f"requests were refused: {failure}")
     else:

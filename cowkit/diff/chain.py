@@ -43,7 +43,7 @@ class DiffChain:
     Without :meth:`stand_on` only what the images themselves hold can be asked for.
 
     :param base: the base that the chain is to end at, if it is known. Otherwise it ends at the first file that does not record
-        the identity of a base of its own, as each difference of cowkit's does.
+        the identity of a base of its own, as each difference of cowkit's does, unless what stands on that is an increment.
     :raises ImageError: an image cannot be opened, or is damaged.
     :raises WrongBaseError: the chain does not lead to ``base``.
     """
@@ -97,7 +97,7 @@ class DiffChain:
             self.below = _below(image)
             if base is not None and self.below is not None and _leads_to(self.below, base):
                 return
-            if self.below is None or not _goes_on(self.below, to_a_base=base is not None):
+            if self.below is None or not _goes_on(image, self.below, to_a_base=base is not None):
                 if base is not None:
                     self._cut(base)
                 return
@@ -272,15 +272,19 @@ def _leads_to(below: Below, base: Base) -> bool:
         return False
 
 
-def _goes_on(below: Below, *, to_a_base: bool) -> bool:
-    """Whether what is named is one more image of the chain."""
+def _goes_on(image: Qcow2Image, below: Below, *, to_a_base: bool) -> bool:
+    """Whether what ``image`` stands on is one more image of the chain.
+
+    A base may be a qcow2 image, too. A difference either has the identity of what it stands on, or is what an increment stands on.
+    """
     if below.path is None or below.format not in (None, "qcow2") or not _is_qcow2(below.path):
         return False
-    if to_a_base:
+    identity = DiffChain._identity(image)
+    if to_a_base or (identity is not None and identity.increment):
         return True
     try:
-        with Qcow2Image(below.path) as image:
-            return image.identity is not None or image.backing_file is None
+        with Qcow2Image(below.path) as lower:
+            return lower.identity is not None
     except ImageError:
         return False
 

@@ -52,12 +52,16 @@ class BaseIdentity(NamedTuple):
     """SHA-256 of the blocks at :func:`positions`, one after another, with zeroes up to a whole sector at the base's end."""
     full: str | None = None
     """SHA-256 of all ``size`` bytes, as ``sha256sum`` prints it; None where it was not asked for."""
+    increment: bool = False
+    """Whether this is an earlier state of the disk, and so what is stood on one more difference, and not the base."""
 
     def to_bytes(self) -> bytes:
         """The same as it lies in an image: JSON with a version."""
         said: dict[str, object] = {"v": VERSION, "size": self.size, "sampled": self.sampled}
         if self.full is not None:
             said["full"] = self.full
+        if self.increment:
+            said["increment"] = True
         return json.dumps(said, separators=(",", ":")).encode("ascii")
 
     @classmethod
@@ -77,7 +81,8 @@ class BaseIdentity(NamedTuple):
             size, sampled, full = (said.get(name) for name in ("size", "sampled", "full"))
             known = isinstance(size, int) and not isinstance(size, bool) and 0 <= size <= LARGEST_DISK
             if known and _is_digest(sampled) and (full is None or _is_digest(full)):
-                return cls(int(str(size)), str(sampled), None if full is None else str(full))
+                increment = said.get("increment") is True
+                return cls(int(str(size)), str(sampled), None if full is None else str(full), increment)
         raise ImageError(f"image {where} is damaged: its base's identity cannot be read")
 
     def differs_from(self, reader: Reader, *, full: bool = False, progress: Progress | None = None) -> str | None:

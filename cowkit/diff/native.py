@@ -84,6 +84,8 @@ def write_diff(
     check_format_name(backing_format)
     view.base.verify_path()
     spared = [*_spared(view.base, path, backing_file), *spare]
+    if options.secret_file is not None:
+        spared.append(os.fspath(options.secret_file))
     with _base_blamed(view.base), AtomicOutput(path, spare=spared) as output:
         identity = None
         if backing_file is not None and options.kind == "qcow2":
@@ -189,13 +191,16 @@ def identity_of(view: View, *, full: bool, progress: Progress | None) -> tuple[B
     :param full: with the digest of the whole base.
     """
     base = view.base
+    increment = isinstance(base, ViewBase)
     if not full:
-        return (None if base.scattered_reads_are_slow else identify(base)), progress
+        if base.scattered_reads_are_slow:
+            return None, progress
+        return identify(base)._replace(increment=increment), progress
     if progress is None:
-        return identify(base, full=True), None
+        return identify(base, full=True)._replace(increment=increment), None
     tell, dirty = progress, view.dirty_bytes
     whole = identify(base, full=True, progress=_every(200, base.size, lambda done, total: tell(done, total + dirty)))
-    return whole, lambda done, total: tell(base.size + done, base.size + total)
+    return whole._replace(increment=increment), lambda done, total: tell(base.size + done, base.size + total)
 
 
 def _every(times: int, total: int, progress: Progress) -> Progress:
@@ -240,12 +245,13 @@ def _writer(
     yield kind(output, shape, backing_file=name, backing_format=backing_format)
 
 
-def check_output(base: Base, path: str | os.PathLike[str]) -> None:
+def check_output(base: Base, path: str | os.PathLike[str], *, spare: Iterable[str] = ()) -> None:
     """Look whether a difference to ``base`` could be written to ``path``, without writing anything.
 
+    :param spare: files that ``path`` must not be, beside those that the image stands on.
     :raises OutputError: it could not.
     """
-    AtomicOutput(path, spare=_spared(base, path, None)).check()
+    AtomicOutput(path, spare=[*_spared(base, path, None), *spare]).check()
 
 
 def _spared(base: Base, output: str | os.PathLike[str], backing_file: str | None) -> list[str]:

@@ -21,6 +21,9 @@ STACKABLE = frozenset({"qcow2", "qed"})
 
 _OF_QCOW2 = ("cluster_size", "subclusters", "compress", "bitmap")
 
+_WORDS = {"compress": "compression"}
+"""What is not called as Python has it."""
+
 _OUR_KINDS = ("qcow2", "raw", "rbd")
 """What cowkit writes by itself."""
 
@@ -114,7 +117,7 @@ class ImageOptions(NamedTuple):
         if self.is_raw:
             wrong = [name for name in (*_OF_QCOW2, "image_options", "secret_file") if getattr(self, name)]
             if wrong:
-                words = " and ".join(name.replace("_", " ") for name in wrong)
+                words = " and ".join(_WORDS.get(name, name.replace("_", " ")) for name in wrong)
                 raise UsageError(f"a raw file has no {words}: leave that out, or raw")
         if self.hash is not None and self.hash not in get_args(Hash):
             raise UsageError(f"hash is 'sampled' or 'full', not {self.hash!r}")
@@ -132,7 +135,7 @@ class ImageOptions(NamedTuple):
                 if getattr(self, name)
             ]
             if wrong:
-                words = " and ".join(name.replace("_", " ") for name in wrong)
+                words = " and ".join(_WORDS.get(name, name.replace("_", " ")) for name in wrong)
                 raise UsageError(f"a difference for rbd has no {words}: leave that out, or choose another format")
             if self.engine not in (None, "native"):
                 raise UsageError(f"the engine {self.engine} cannot write what is for rbd: the engine native can")
@@ -156,7 +159,7 @@ class ImageOptions(NamedTuple):
         if self.kind not in _OUR_KINDS:
             wrong = [name for name in _OF_QCOW2 if getattr(self, name)]
             if wrong:
-                words = " and ".join(name.replace("_", " ") for name in wrong)
+                words = " and ".join(_WORDS.get(name, name.replace("_", " ")) for name in wrong)
                 raise UsageError(f"{words}: for the format qcow2, not for {self.kind!r}, which may have image options")
         for key, value in (self.image_options or {}).items():
             if not isinstance(value, str | int):  # a bool is an int

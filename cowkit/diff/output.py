@@ -38,7 +38,7 @@ class AtomicOutput:
     what the umask leaves of 0666.
 
     :param path: where the file is to be; its directory exists.
-    :param spare: files that must not be replaced, under whatever name: the base and what the base needs.
+    :param spare: files that must not be replaced, under whatever name: the base, what the base needs, and what else is read.
     :raises OutputError: the file cannot be written, there or at all; the message has ``path`` and the reason.
     """
 
@@ -176,9 +176,7 @@ class AtomicOutput:
         """
         for spare in self._spare:
             if self._is_target(spare):
-                raise OutputError(
-                    f"cannot write {self.path}: it is the same file as {spare}, which the disk is based on"
-                )
+                raise OutputError(f"cannot write {self.path}: it is the same file as {spare}, which is still needed")
         if not self.path or self.path.endswith("/"):
             raise OutputError(f"cannot write {self.path!r}: give the name of a file")
         try:

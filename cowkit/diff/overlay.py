@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from cowkit.diff.chain import DiffChain
 from cowkit.diff.qcow2.layout import image_size
 from cowkit.disk import Disk, Kind
@@ -55,3 +57,4 @@ def load_overlay(disk: Disk, chain: DiffChain) -> None:
     if disk.size > chain.size:  # what the difference cut off of its base stays away
         disk.zero(disk.size - chain.size, chain.size)
     disk.beginning = disk.checkpoint(OVERLAY)
+    disk.spared = tuple(os.path.abspath(image.path) for image in chain.images[1:])

@@ -101,6 +101,8 @@ class Disk:
         self.closed = False
         self.beginning: Checkpoint | None = None
         """Where a disk begins that did not begin as its base is; see :mod:`cowkit.diff.overlay`."""
+        self.spared: tuple[str, ...] = ()
+        """Files that are not to be replaced by what is kept of the disk: those that such a beginning stood on."""
         self._owner = os.getpid()
         self._shift = block_size.bit_length() - 1
         self._checkpoints: list[Checkpoint] = []

@@ -8,8 +8,10 @@ from typing import NamedTuple
 from cowkit.bases.opening import image_format_of, is_uri
 from cowkit.diff import ImageOptions, backing_name
 from cowkit.diff.qcow2.layout import check_format_name
+from cowkit.diff.view import View
 from cowkit.disk import Base
 from cowkit.errors import UsageError
+from cowkit.keeping.backing_file import check_backing_file, format_of_kept
 
 
 class Backing(NamedTuple):
@@ -20,13 +22,14 @@ class Backing(NamedTuple):
 
 
 def choose_backing(
-    base: Base, path: str, name: str | None, format: str | None, options: ImageOptions, *, kept: bool = False
+    base: Base, path: str, name: str | None, format: str | None, options: ImageOptions, *, kept: View | None = None
 ) -> Backing:
     """What an image at ``path`` records, whose content is to be seen on top of ``base``.
 
     :param name: what the user says, or None.
     :param format: what the user says, or None.
-    :param kept: ``base`` is an earlier state of a disk, which the user has kept in the file that ``name`` names.
+    :param kept: given where ``base`` is an earlier state of a disk, which the user has kept in the file that ``name`` names: the
+        view that has it as its base.
     :raises UsageError: they do not fit the base, or are needed and missing.
     """
     if not options.names_base:
@@ -34,15 +37,14 @@ def choose_backing(
             what = "a difference for rbd" if options.is_rbd else "an image with all of the disk"
             raise UsageError(f"{what} has no backing file: leave out its name and format")
         return Backing(None, "raw")
-    chosen = _found(base, path) if name is None else _checked(base, path, name, kept=kept)
+    if name is not None:
+        return _checked(base, path, name, format, kept)
+    chosen = _found(base, path)
     if format is None:
-        if kept:
-            return Backing(chosen, "qcow2")
-        # Where the base itself cannot be the backing file, what it holds has been put somewhere else as a raw image.
-        return Backing(chosen, base.backing_format if base.backing_refusal is None else "raw")
+        return Backing(chosen, base.backing_format)
     if chosen is None:
         raise UsageError(f"a blank disk has no base of format {format!r}: its difference stands alone")
-    if name is None and check_format_name(format) != base.backing_format:
+    if check_format_name(format) != base.backing_format:
         raise UsageError(
             f"the base was opened as {base.backing_format}, not as {format!r}: leave the backing format out, or name "
             "another backing file"
@@ -58,20 +60,30 @@ def _found(base: Base, path: str) -> str | None:
     return backing_name(base.given, base.path, path)
 
 
-def _checked(base: Base, path: str, name: str, *, kept: bool) -> str:
+def _checked(base: Base, path: str, name: str, format: str | None, kept: View | None) -> Backing:
     """A name that the user gave; where there is no such file yet, it may be right."""
     if base.given is None:
         raise UsageError(f"a blank disk has no base to be called {name!r}: its difference stands alone")
     if not name:
         raise UsageError("the name of the backing file is empty: give the base's path, or leave the name out")
     if is_uri(name) or "\0" in name:
-        return name
+        return Backing(name, format or _expected(base, kept))
     output = os.path.realpath(path)
     backing = os.path.realpath(os.path.join(os.path.dirname(output), name))
     if backing == output:
         raise UsageError(f"the difference {path} cannot be its own backing file: name the base, or another output")
-    if not kept and base.backing_refusal is not None and (found := image_format_of(backing)) is not None:
+    if kept is None and base.backing_refusal is not None and (found := image_format_of(backing)) is not None:
         raise UsageError(
             f"backing file {name} is a {found} file: what the base holds is raw, so name a raw copy of that"
         )
-    return name
+    if format is None:
+        format = _expected(base, kept) if kept is None else format_of_kept(backing)
+    check_backing_file(base, backing, check_format_name(format), kept)
+    return Backing(name, format)
+
+
+def _expected(base: Base, kept: View | None) -> str:
+    if kept is not None:
+        return "qcow2"
+    # Where the base itself cannot be the backing file, what it holds has been put somewhere else as a raw image.
+    return base.backing_format if base.backing_refusal is None else "raw"

@@ -51,8 +51,8 @@ def keep(
     options.check()
     path = _plain(path)
     with closing(view_of(disk, states) if disk.last is None else disk.last.view()) as view:
-        since = states.since is not None
-        backing = choose_backing(view.base, path, backing_file, backing_format, options, kept=since)
+        kept = None if states.since is None else view
+        backing = choose_backing(view.base, path, backing_file, backing_format, options, kept=kept)
         with engine_for(view, options) as engine:
             report = write_diff(
                 view,
@@ -62,6 +62,7 @@ def keep(
                 progress=progress,
                 options=options,
                 engine=engine,
+                spare=disk.spared,
                 snapshots=states.names,
             )
         if changes or files:
@@ -111,7 +112,8 @@ def check(
     path = _plain(path)
     options.check()
     choose_backing(disk.base, path, backing_file, backing_format, options)
-    check_output(disk.base, path)
+    secret = [] if options.secret_file is None else [os.fspath(options.secret_file)]
+    check_output(disk.base, path, spare=[*disk.spared, *secret])
 
 
 def _plain(path: str | os.PathLike[str]) -> str:

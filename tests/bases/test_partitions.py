@@ -226,7 +226,7 @@ def test_a_window_is_no_backing_file_and_says_so(disk: Path) -> None:
     sfdisk(disk, MBR)
     base = open_base(disk, partition=1)
     assert base.backing_refusal is not None
-    assert base.backing_refusal.startswith("partition 1 of ") and "--backing part.img" in base.backing_refusal
+    assert base.backing_refusal.startswith("partition 1 of ") and "--backing COPY" in base.backing_refusal
     base.release()
 
 

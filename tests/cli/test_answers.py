@@ -8,6 +8,7 @@ import pty
 import shutil
 import subprocess
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def test_a_map_marks_partitions() -> None:
     lines = [line for line, _ in map_lines(report, 40)]
     assert lines[1].strip("·") != ""
     assert lines[2] == "     [1-------]"
-    assert lines[3] == "partition 1: unknown content, 2 MiB; 0 B in 0 extents changed"
+    assert lines[3] == "partition 1: unknown content, 2 MiB; 0 B in 0 extents of the disk's data"
     assert lines[4] == "·" * 40
     assert report.partition_table == "added"
 
@@ -193,6 +194,51 @@ def test_what_makes_no_sense_is_refused_in_a_line(
     done = cowkit("diff", *arguments)
     assert told in (complaint(done) if not done.stdout else done.stderr)
     assert done.returncode == 2
+
+
+@pytest.mark.parametrize("link", [None, os.link, os.symlink])
+def test_a_picture_never_replaces_what_it_is_of(
+    base: Path, tmp_path: Path, serve: Serve, cowkit: Run, link: Callable[[Path, Path], None] | None
+) -> None:
+    server = serve("disk.img")
+    assert cowkit("diff", "-o", "d1.qcow2").returncode == 0
+    assert cowkit("diff", "--base", "d1.qcow2", "-o", "d2.qcow2").returncode == 0
+    before = {name: (tmp_path / name).read_bytes() for name in ("disk.img", "d1.qcow2", "d2.qcow2")}
+
+    def refused(name: str, *arguments: object) -> None:
+        picture = tmp_path / name
+        if link is not None:
+            picture = tmp_path / "picture.svg"
+            link(tmp_path / name, picture)
+        said = complaint(cowkit(*arguments, "--svg", picture))
+        assert said.startswith(f"cannot write {picture}: it is the same file as ") and said.endswith("still needed")
+        if link is not None:
+            picture.unlink()
+        assert {each: (tmp_path / each).read_bytes() for each in before} == before
+
+    for command in ("diff", "map"):
+        refused("disk.img", command)
+        refused("disk.img", command, "--base", "disk.img")
+        refused("disk.img", command, "--from", server.uri)
+    refused("disk.img", "diff", "-o", "d3.qcow2")
+    refused("d1.qcow2", "diff", "-o", "d1.qcow2")
+    refused("d1.qcow2", "diff", "--base", "d1.qcow2")
+    refused("disk.img", "diff", "--base", "d1.qcow2")
+    for name in before:
+        refused(name, "map", "d2.qcow2")
+        refused(name, "diff", "--base", "d1.qcow2", "--from", "d2.qcow2")
+    assert not (tmp_path / "d3.qcow2").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [("diff",), ("map",), ("map", "d.qcow2"), ("diff", "-o", "d.qcow2")], ids=" ".join
+)
+def test_a_picture_is_not_written_to_standard_output(
+    tmp_path: Path, serve: Serve, cowkit: Run, base: Path, arguments: tuple[str, ...]
+) -> None:
+    serve(base)
+    assert "a picture cannot be written to standard output" in complaint(cowkit(*arguments, "--svg", "-"))
+    assert list(tmp_path.iterdir()) == [base]
 
 
 # The schema

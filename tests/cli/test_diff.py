@@ -111,6 +111,25 @@ def test_the_base_is_recorded_as_the_user_names_it(
     assert report["path"] == os.path.join(tmp_path / cwd, "diff.qcow2").replace("/./", "/")
 
 
+def test_names_that_promise_something_else_are_told(base: Path, tmp_path: Path, serve: Serve, cowkit: Run) -> None:
+    serve(base)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "copy.img").write_bytes(base.read_bytes())
+    for name in ("d.vmdk", "d.img"):
+        format = {"d.vmdk": "vmdk", "d.img": "raw"}[name]
+        said = f"cowkit: {name} is a qcow2 image, whatever its name says (-O {format} writes another)\n"
+        done = cowkit("diff", "-o", name)
+        assert (done.returncode, done.stderr) == (0, said)
+        assert said in cowkit("run", base, "--diff", name, "--", "true").stderr
+        assert cowkit("diff", "-o", name, "-O", "qcow2").stderr == ""
+    done = cowkit("diff", "-o", "sub/d.qcow2", "--backing", "copy.img")
+    there = f"from OUT's directory: {tmp_path}/sub/copy.img"
+    said = f"cowkit: sub/d.qcow2 cannot be read as long as its backing file copy.img is not there, {there}\n"
+    assert (done.returncode, done.stderr) == (0, said)
+    assert said in cowkit("run", base, "--diff", "sub/d.qcow2", "--backing", "copy.img", "--", "true").stderr
+    assert cowkit("diff", "-o", "sub/d.qcow2", "--backing", "../copy.img").stderr == ""
+
+
 def test_the_report_is_json_if_asked_for(base: Path, serve: Serve, cowkit: Run) -> None:
     write(serve(base).uri, bytes(4096), 8192)
     report = json.loads(cowkit("diff", "--base", base, "-o", "diff.qcow2", "--json").stdout)

@@ -81,6 +81,20 @@ def test_what_makes_no_sense_is_refused(
     assert complaint(cowkit("diff", "--base", base, "-o", "diff.qcow2", *options)) == why
 
 
+def test_the_secret_file_is_never_replaced(base: Path, tmp_path: Path, serve: Serve, cowkit: Run) -> None:
+    serve(base)
+    (tmp_path / "key").write_text("sesame")
+    for command in (("diff", "-o", "key"), ("run", base, "--diff", "key")):
+        behind = ("--", "touch", "was-run") if command[0] == "run" else ()
+        said = complaint(cowkit(*command, "--secret-file", "key", *behind))
+        assert "it is the same file as" in said and said.endswith("which is still needed")
+    assert "it is the same file as" in complaint(
+        cowkit("diff", "-o", "d.qcow2", "--secret-file", "key", "--stat", "--svg", "key")
+    )
+    assert (tmp_path / "key").read_text() == "sesame"
+    assert not (tmp_path / "was-run").exists()
+
+
 @pytest.mark.usefixtures("base")
 def test_a_relative_secret_file_on_the_wire_is_refused(base: Path, serve: Serve) -> None:
     serve(base)

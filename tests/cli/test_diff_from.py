@@ -59,7 +59,10 @@ def test_images_are_kept_with_all_options(base: Path, tmp_path: Path, cowkit: Ru
         *("--cluster-size", "4K", "--bitmap", "b", "--backing", "copy.img", "--json", "--exit-code"),
     )
     report = json.loads(done.stdout)
-    assert (done.returncode, done.stderr) == (1, "")
+    assert (done.returncode, done.stderr) == (
+        1,
+        "cowkit: d.qcow2 cannot be read as long as its backing file copy.img is not there\n",
+    )
     assert (report["cluster_size"], report["changed_bytes"], report["backing_file"]) == (4096, 8192, "copy.img")
     os.link(base, tmp_path / "copy.img")
     same(tmp_path / "d.qcow2", tmp_path / "overlay")
@@ -122,6 +125,58 @@ def test_a_disk_that_cowkit_serves_is_kept_on_top_of_an_earlier_difference(
     assert not list(tmp_path.glob(".cowkit*"))
 
 
+@pytest.mark.parametrize("window", [(), ("--partition", "1"), ("--size", "1M")], ids=["file", "partition", "blank"])
+def test_a_disk_that_cowkit_serves_is_compared_with_another_base(
+    base: Path, tmp_path: Path, serve: Serve, cowkit: Run, window: tuple[str, ...]
+) -> None:
+    content = bytearray(base.read_bytes())
+    content[446:510] = bytes(64)
+    content[446:462] = b"\0\0\0\0\x83\0\0\0" + (8).to_bytes(4, "little") + (1024).to_bytes(4, "little")
+    content[510:512] = b"\x55\xaa"
+    base.write_bytes(content)
+    server = serve(*window) if "--size" in window else serve("disk.img", *window)
+    write(server.uri, b"boo", 4097)
+    now = bytearray({(): content, ("--size", "1M"): bytes(1 << 20)}.get(window, content[4096 : 4096 + (1024 << 9)]))
+    (tmp_path / "same.img").write_bytes(now)
+    now[4097:4100] = b"boo"
+    (tmp_path / "now.img").write_bytes(now)
+    for source in (server.uri, server.uri.replace("nbd+unix:///", "nbd+unix://")):
+        done = cowkit("diff", "--base", "same.img", "--from", source, "-o", "d.qcow2", "--json", "--base-format", "raw")
+        assert (done.returncode, done.stderr) == (0, "")
+        report = json.loads(done.stdout)
+        assert (report["backing_file"], report["changed"][0]["offset"], report["changed_extents"]) == (
+            "same.img",
+            4096,
+            1,
+        )
+        same(tmp_path / "d.qcow2", tmp_path / "now.img", other_format="raw")
+    assert cowkit("diff", "--base", "now.img", "--from", server.uri, "--stat", "--exit-code").returncode == 0
+    said = complaint(cowkit("diff", "--base", "now.img", "--from", server.pid, "-o", "d.qcow2"))
+    assert said.endswith("; leave out --base, or --from"), "a process id chooses a disk, of another base than this"
+    assert not list(tmp_path.glob(".cowkit*"))
+
+
+def test_a_map_takes_the_same_sources_as_diff(base: Path, tmp_path: Path, serve: Serve, cowkit: Run) -> None:
+    def drawn(*arguments: object) -> list[int]:
+        done = cowkit("map", *arguments, "--json")
+        assert (done.returncode, done.stderr) == (0, "")
+        return [each["offset"] for each in json.loads(done.stdout)["changed"]]
+
+    server = serve("disk.img")
+    write(server.uri, b"one", 4097)
+    assert cowkit("diff", "-o", "d1.qcow2").returncode == 0
+    write(server.uri, b"two", 65536)
+    assert drawn("--base", "d1.qcow2") == [65536]
+    assert drawn("--base", "disk.img", "--from", "d1.qcow2") == [4096]
+    assert drawn("--base", "disk.img", "--from", "d1.qcow2", "--from-format", "qcow2") == [4096]
+    said = complaint(cowkit("map", "--base", "disk.img", "--from", "d1.qcow2", "--svg", "d1.qcow2"))
+    assert "it is the same file as d1.qcow2" in said
+    assert cowkit("diff", "-o", "alone.qcow2", "--no-backing").returncode == 0
+    assert cowkit("map", "alone.qcow2").stdout.startswith("1 MiB: 1 MiB in 1 extent of the disk's data, ")
+    assert cowkit("map", "alone.qcow2", "--svg", "it.svg").returncode == 0
+    assert "alone.qcow2: its data" in (tmp_path / "it.svg").read_text()
+
+
 def test_what_makes_no_sense_is_one_clear_line(base: Path, tmp_path: Path, serve: Serve, cowkit: Run) -> None:
     def said(*arguments: object) -> str:
         return complaint(cowkit("diff", *arguments, "-o", "d.qcow2"))
@@ -137,7 +192,11 @@ def test_what_makes_no_sense_is_one_clear_line(base: Path, tmp_path: Path, serve
     assert "--from-context is for a source that no cowkit serves" in said("--from-context", "qemu:dirty-bitmap:b")
     assert "does not tell what changed" in said("--from", base, "--base", base, "--from-context", "base:allocation")
     assert "cannot open base none.img: No such file" in said("--from", base, "--base", "none.img")
-    assert "no server matches --from none.img" in said("--from", "none.img", "--base", base)
+    for missing in ("none.img", "./none"):
+        told = said("--from", missing, "--base", base)
+        assert f"no server matches --from {missing}, and there is no file {missing}; `cowkit ls`" in told
+    assert "no server matches --from ., and . is no image file" in said("--from", ".", "--base", base)
+    assert "no server matches --from none with base" in said("--from", "none", "--base", base)
     assert not (tmp_path / "d.qcow2").exists()
     assert "it is the same file as" in complaint(cowkit("diff", "--from", base, "--base", base, "-o", base))
 

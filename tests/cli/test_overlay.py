@@ -46,6 +46,23 @@ def test_a_difference_to_another_base_is_refused_in_one_line(cowkit: Run, base: 
     assert said.startswith("d1.qcow2 is a difference to another base than other.img: blocks that were sampled differ; ")
 
 
+def test_what_an_overlay_stood_on_is_not_replaced(cowkit: Run, serve: Serve, base: Path, tmp_path: Path) -> None:
+    assert cowkit("run", "disk.img", "--diff", "d1.qcow2", "--", "true").returncode == 0
+    serve("disk.img", "--overlay", "d1.qcow2")
+    assert cowkit("diff", "--since", "overlay", "--backing", "d1.qcow2", "-o", "d2.qcow2").returncode == 0
+    before = (tmp_path / "d1.qcow2").read_bytes()
+    said = complaint(cowkit("run", base, "--overlay", "d2.qcow2", "--diff", "d1.qcow2", "--", "touch", "was-run"))
+    assert said.startswith("cannot write d1.qcow2: it is the same file as ") and said.endswith(
+        ", which is still needed"
+    )
+    serve("disk.img", "--overlay", "d2.qcow2", "--name", "two")
+    said = complaint(cowkit("diff", "--from", "two", "-o", "d1.qcow2"))
+    assert said.startswith(f"cannot write {tmp_path / 'd1.qcow2'}: it is the same file as ")
+    assert not (tmp_path / "was-run").exists()
+    assert (tmp_path / "d1.qcow2").read_bytes() == before
+    assert cowkit("diff", "--from", "two", "-o", "d2.qcow2").returncode == 0, "what was loaded itself is not needed"
+
+
 def test_the_digest_of_the_whole_base_is_that_of_sha256sum(
     cowkit: Run, serve: Serve, base: Path, tmp_path: Path
 ) -> None:

@@ -19,6 +19,7 @@ from cowkit.diff.applying.copy import apply_to
 from cowkit.diff.applying.in_place import apply_in_place, finish
 from cowkit.diff.applying.journal import Journal
 from cowkit.diff.applying.report import ApplyReport
+from cowkit.diff.verify import verify_diff
 from cowkit.disk.files import pwrite_whole
 from cowkit.errors import BaseOpenError, ImageError, OutputError, UsageError, WrongBaseError
 from tests.diff.helpers import make_base, noise, run
@@ -104,7 +105,7 @@ def test_a_base_in_a_format_of_qemus_has_a_raw_copy_and_is_not_written(base: Pat
     apply_to(tmp_path / "diff.qcow2", tmp_path / "new.img")
     assert (tmp_path / "new.img").read_bytes() == expected
     before = image.read_bytes()
-    with pytest.raises(UsageError, match=r"is no raw file, and cowkit writes to no other"):
+    with pytest.raises(UsageError, match=r"is a qcow2 image, and cowkit writes to raw files alone"):
         apply_in_place(tmp_path / "diff.qcow2")
     assert image.read_bytes() == before
 
@@ -281,6 +282,42 @@ def test_a_damaged_journal_is_never_written_to_the_base(
         apply_in_place(tmp_path / "diff.qcow2")
     assert base.read_bytes() == before
     assert journal.exists()
+
+
+@pytest.mark.requires("qemu-img", "qemu-nbd", modules=["nbd"])
+@pytest.mark.parametrize("chain", [1, 2])
+def test_a_qcow2_base_is_the_base_and_no_part_of_the_difference(base: Path, tmp_path: Path, chain: int) -> None:
+    vm = tmp_path / "vm.qcow2"
+    run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", base, vm)
+    with CowDisk(vm) as disk:
+        disk.pwrite(b"one", 0)
+        disk.diff(tmp_path / "d1.qcow2")
+        disk.checkpoint("one")
+        disk.pwrite(b"two", 70_000)
+        disk.diff(tmp_path / "d2.qcow2", since="one", backing_file="d1.qcow2")
+        states = [b"", b"", disk.pread(disk.size, 0)]
+        disk.rollback("one")
+        states[1] = disk.pread(disk.size, 0)
+    diff = tmp_path / f"d{chain}.qcow2"
+    with pytest.raises(
+        UsageError, match=r"vm\.qcow2 is a qcow2 image, and cowkit writes to raw files alone.*qemu-img commit"
+    ):
+        apply_in_place(diff)
+    found = verify_diff(diff)
+    assert (found.base, found.images) == (str(vm), tuple(str(tmp_path / f"d{n}.qcow2") for n in range(chain, 0, -1)))
+    assert found.compared_bytes == chain * 65536
+    assert found.recognised
+    apply_to(diff, tmp_path / "new.img")
+
+    assert (tmp_path / "new.img").read_bytes() == states[chain]
+    with pytest.raises(WrongBaseError, match=r"is a difference to .*vm\.qcow2, and no disk without a base"):
+        CowDisk(overlay=diff)
+    with CowDisk(vm, overlay=diff) as disk:
+        assert disk.dirty_bytes == chain * 65536
+    os.truncate(vm, 0)
+    run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", tmp_path / "new.img", vm)
+    with pytest.raises(WrongBaseError, match="is a difference to another base"):
+        verify_diff(diff)
 
 
 def test_two_at_once_do_not_meet(base: Path, tmp_path: Path) -> None:

@@ -248,7 +248,7 @@ def test_qemu_nbd_serves_the_bitmap_as_the_disks_dirty_blocks(tmp_path: Path) ->
         ({"bitmap": ""}, "has 0 bytes: give 1 to 1023"),
         ({"bitmap": "x" * 1024}, "has 1024 bytes: give 1 to 1023"),
         ({"bitmap": "a\0b"}, "none of them NUL"),
-        ({"raw": True, "compress": "zlib", "bitmap": "x"}, "a raw file has no compress and bitmap"),
+        ({"raw": True, "compress": "zlib", "bitmap": "x"}, "a raw file has no compression and bitmap"),
         ({"raw": True, "standalone": True, "backing_file": "x"}, "no backing file"),
         ({"backing_format": "raw\n"}, "is no name of a format"),
         ({"backing_format": "x" * 16}, "is no name of a format"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -103,6 +104,69 @@ def test_an_increment_wants_the_name_of_what_was_kept_before_it(base: Path, tmp_
             disk.diff(tmp_path / "d.qcow2", since="one")
         with pytest.raises(UsageError, match="its own backing file"):
             disk.diff(tmp_path / "d.qcow2", since="one", backing_file="d.qcow2")
+
+
+@pytest.mark.requires("qemu-img")
+@pytest.mark.parametrize("options", [{}, {"raw": True}], ids=["qcow2", "raw"])
+def test_an_increment_records_what_its_backing_file_is(base: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    with CowDisk(base) as disk:
+        disk.pwrite(b"one", 0)
+        disk.checkpoint("one")
+        disk.diff(tmp_path / "kept", **options)
+        disk.pwrite(b"two", 70_000)
+        report = disk.diff(tmp_path / "d.qcow2", since="one", backing_file="kept")
+        assert report.backing_format == ("raw" if options else "qcow2")
+        check_with_qemu(tmp_path / "d.qcow2", content(disk.engine))
+
+
+def test_an_increment_stands_on_no_other_state_than_that_of_its_checkpoint(base: Path, tmp_path: Path) -> None:
+    with CowDisk(base) as disk:
+        disk.pwrite(b"one", 50_000)  # not among the blocks that a base is sampled at
+        disk.checkpoint("one")
+        disk.diff(tmp_path / "one.qcow2")
+        disk.diff(tmp_path / "one.img", raw=True)
+        disk.pwrite(b"two", 90_000)
+        disk.diff(tmp_path / "two.qcow2")
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "short.img").write_bytes(bytes(4096))
+        (tmp_path / "name.qcow2").write_bytes(base.read_bytes())
+        (tmp_path / "kept.gz").write_bytes(b"\x1f\x8b\x08")
+        for name, why in (
+            ("base.img", "blocks that were sampled differ"),
+            ("two.qcow2", "blocks that were sampled differ"),
+            ("short.img", "it has 4096 bytes, not"),
+            ("folder", "is a directory"),
+            ("name.qcow2", "is called a qcow2 file and does not begin like one"),
+            ("kept.gz", "begins like a file of gzip"),
+        ):
+            with pytest.raises(UsageError, match=why):
+                disk.diff(tmp_path / "d.qcow2", since="one", backing_file=name)
+        with pytest.raises(UsageError, match="begins like a qcow2 file and was read as raw"):
+            disk.diff(tmp_path / "d.qcow2", since="one", backing_file="one.qcow2", backing_format="raw")
+        with pytest.raises(UsageError, match="is no qcow2 image"):
+            disk.diff(tmp_path / "d.qcow2", since="one", backing_file="one.img", backing_format="qcow2")
+        assert not (tmp_path / "d.qcow2").exists()
+        for name, format in (("one.qcow2", "qcow2"), ("one.img", "raw"), ("not-yet", "qcow2")):
+            assert disk.diff(tmp_path / "d.qcow2", since="one", backing_file=name).backing_format == format
+
+
+@pytest.mark.parametrize("window", [{"partition": 1}, {"offset": 4096}])
+def test_a_copy_of_the_window_is_wanted_as_the_backing_file_and_not_the_whole(
+    base: Path, tmp_path: Path, window: dict[str, Any]
+) -> None:
+    mbr = bytearray(512)
+    mbr[446:462] = b"\0\0\0\0\x83\0\0\0" + (8).to_bytes(4, "little") + (8).to_bytes(4, "little")
+    mbr[510:512] = b"\x55\xaa"
+    base.write_bytes(mbr + base.read_bytes()[512:])
+    with CowDisk(base, **window) as disk:
+        (tmp_path / "copy.img").write_bytes(disk.pread(disk.size, 0))
+        (tmp_path / "other.img").write_bytes(bytes(disk.size))
+        disk.pwrite(b"x", 0)
+        with pytest.raises(UsageError, match=r"base\.img is not what the difference stands on, .*: it has"):
+            disk.diff(tmp_path / "d.qcow2", backing_file="base.img")
+        with pytest.raises(UsageError, match="blocks that were sampled differ"):
+            disk.diff(tmp_path / "d.qcow2", backing_file="other.img")
+        disk.diff(tmp_path / "d.qcow2", backing_file="copy.img")
 
 
 def test_an_increment_replaces_neither_the_base_nor_what_its_backing_file_stands_on(base: Path, tmp_path: Path) -> None:

@@ -225,7 +225,7 @@ def test_mode_and_links_of_the_old_file_are_kept(engine: EngineName, disk: CowDi
 
 @each_engine
 def test_the_base_is_never_replaced(engine: EngineName, disk: CowDisk, tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="which the disk is based on"):
+    with pytest.raises(OutputError, match="which is still needed"):
         disk.diff(tmp_path / "base.img", engine=engine)
 
 

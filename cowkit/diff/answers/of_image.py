@@ -59,16 +59,18 @@ def _open(path: str, opened: ExitStack, depth: int) -> tuple[Qcow2Image, bool]:
     image = opened.enter_context(Qcow2Image(path))
     if image.backing_file is None:
         return image, True
-    backing = _backing(os.path.join(os.path.dirname(path), image.backing_file), image.backing_format, opened, depth)
+    backing = opened_backing(
+        os.path.join(os.path.dirname(path), image.backing_file), image.backing_format, opened, depth
+    )
     if backing is None:
         return image, False
     return opened.enter_context(Qcow2Image(path, *backing)), True
 
 
-def _backing(
-    path: str, format: str | None, opened: ExitStack, depth: int
+def opened_backing(
+    path: str, format: str | None, opened: ExitStack, depth: int = 0
 ) -> tuple[Callable[[int, int], bytes], int] | None:
-    """What reads the backing file, and its size; None where it cannot be read here."""
+    """What reads the backing file until ``opened`` ends, and its size; None where it cannot be read here."""
     try:
         if format == "raw":
             base = FileBase(path)

@@ -55,17 +55,22 @@ def picture(report: ChangesReport, title: str) -> str:
     lines += _frames(report, _HEAD + 24)
     for index, each in enumerate(report.partitions, 1):
         label = f"partition {each.number}: {each.file_system or 'unknown content'}, {format_size(each.size)} at {each.offset}"
-        label += f"; {each.amounts.changed} changed"
+        label += f"; {each.amounts.changed} {changed_word(report)}"
         lines += _bar(report, _HEAD + _ROW * index, label, each.offset, each.offset + each.size)
     lines += _legend(height - 24)
     return "\n".join([*lines, "</svg>", ""])
+
+
+def changed_word(report: ChangesReport) -> str:
+    """What to call what is on the disk and not on its base; where there is none, nothing has changed."""
+    return "of the disk's data" if report.base is None else "changed"
 
 
 def summary(report: ChangesReport) -> str:
     """The main figures in a line."""
     found = report.amounts
     return (
-        f"{format_size(report.size)}: {found.changed} changed, {format_size(found.zeroed.bytes)} of it zeroed; "
+        f"{format_size(report.size)}: {found.changed} {changed_word(report)}, {format_size(found.zeroed.bytes)} of it zeroed; "
         f"{format_size(found.identical.bytes)} more written but the same"
     )
 

@@ -48,6 +48,11 @@ def target_of(path: str | os.PathLike[str], base: str | os.PathLike[str] | None)
             raise UsageError(
                 f"{chain.below.name} is no file that could be written to: apply the difference to a copy (--to)"
             )
+        if chain.below.format not in (None, "raw"):
+            raise UsageError(
+                f"{chain.below.path} is a {chain.below.format} image, and cowkit writes to raw files alone: apply the difference to a "
+                "copy (--to), or use qemu-img commit"
+            )
         return chain.below.path
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Concatenate, Literal, ParamSpec, TypeVar
 
 from cowkit.disk import Checkpoint, Disk, Extent
 from cowkit.disk.disk import Buffer
+from cowkit.disk.files import path_text
 from cowkit.disk.sizes import format_size
 from cowkit.errors import BaseChangedError, DiskClosedError, DiskError, UsageError
 from cowkit.hosting.local import open_disk
@@ -94,6 +95,8 @@ class CowDisk:
     :raises WrongBaseError: ``overlay`` is a difference to another base, or the base has changed since.
     """
 
+    _closed = True  # until there is something to close, also where Python refuses the arguments
+
     def __init__(
         self,
         base: str | os.PathLike[str] | None = None,
@@ -112,7 +115,8 @@ class CowDisk:
         overlay: str | os.PathLike[str] | None = None,
         trace: int = 0,
     ) -> None:
-        self._closed = True  # until there is something to close
+        if base is not None and not isinstance(base, str | os.PathLike):
+            raise UsageError(f"a base is a path, an NBD URI, or None for a blank disk, not {base!r}")
         if server not in ("thread", "process"):
             raise UsageError(f"server is 'thread' or 'process', not {server!r}")
         options = checked(
@@ -372,7 +376,7 @@ class CowDisk:
                 engine,
                 format,
                 image_options,
-                None if secret_file is None else os.fsdecode(secret_file),
+                None if secret_file is None else path_text(secret_file, "secret_file"),
             ),
             states=States(since, at),
             backing_file=backing_file,

@@ -8,7 +8,8 @@
         def test_it(self):
             subprocess.run(["my-installer", self.cow_disk.uri], check=True)
 
-It goes with ``unittest.IsolatedAsyncioTestCase``, too.
+It goes with ``unittest.IsolatedAsyncioTestCase``, too. Where pytest runs such a test, its disks are kept if it fails, and are
+where ``--cow-server`` says, as those of the plugin's fixtures; their base is the class's own in any case.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import os
 from collections.abc import Mapping
 from functools import cached_property
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from cowkit.cow_disk import CowDisk
 
@@ -30,13 +31,27 @@ BLANK_SIZE = "64M"
 """The size of a disk for which neither a base nor a size is given."""
 
 
+class Run(Protocol):
+    """Who runs the tests."""
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """Of the disks, unless the class or the call gives others."""
+
+    def add(self, disk: CowDisk) -> None:
+        """The test has made that disk, which is closed when the test is over."""
+
+
 class CowDiskMixin(_TestCase):
     """Gives each test of a ``unittest.TestCase`` a disk of its own, :attr:`cow_disk`, made at its first use and closed at the end."""
 
     cow_base: ClassVar[str | os.PathLike[str] | None] = None
-    """What the disk is of: a path, an NBD URI, or None for a blank disk."""
+    """What the disk is of: a path (a relative one is relative to the current directory), an NBD URI, or None for a blank disk."""
     cow_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     """The other options of :class:`cowkit.CowDisk`; a blank disk has 64 MiB unless its ``size`` is here."""
+
+    cow_run: ClassVar[Run | None] = None
+    """Set by whoever runs the tests and looks after their disks: the pytest plugin."""
 
     @cached_property
     def cow_disk(self) -> CowDisk:
@@ -53,7 +68,8 @@ class CowDiskMixin(_TestCase):
         """
         if base is None and options.get("size") is None:
             options = {**options, "size": BLANK_SIZE}
-        disk = CowDisk(base, **options)
+        run = self.cow_run
+        disk = CowDisk(base, **options if run is None else {**run.options, **options})
 
         def close() -> None:
             try:
@@ -63,4 +79,6 @@ class CowDiskMixin(_TestCase):
                     raise error
 
         self.addCleanup(close)
+        if run is not None:
+            run.add(disk)
         return disk

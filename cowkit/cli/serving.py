@@ -260,7 +260,8 @@ class Serving:
     def written(self) -> str:
         """How much clients wrote, for people."""
         dirty = self.server.written_bytes
-        what = self.disk.base or "the blank disk"
-        said = f"{format_size(dirty)} written to {what}, thrown away" if dirty else f"nothing was written to {what}"
+        base = self.disk.base
+        where = "to the blank disk" if base is None else f"on top of {base}"  # which itself is never written
+        said = f"{format_size(dirty)} written {where}, thrown away" if dirty else f"nothing was written {where}"
         failure = self.disk.overlay_failure
         return said if failure is None else f"{said}; requests were refused: {failure}"

@@ -50,6 +50,11 @@ def check_block_size(block_size: int) -> int:
     return block_size
 
 
+def not_bytes(data: object) -> UsageError:
+    """What is wrong with ``data`` that is to be written."""
+    return UsageError(f"what is written is bytes or other contiguous memory, not {type(data).__name__}")
+
+
 def _too_many_blocks(size: int, block_size: int) -> str:
     enough = 1 << max(0, (-(-size // MOST_BLOCKS) - 1).bit_length())
     if enough > LARGEST_BLOCK_SIZE:
@@ -139,7 +144,10 @@ class Disk:
         :raises OutOfBoundsError: the range is not within the disk.
         :raises OverlayFullError: no room; the old bytes stand.
         """
-        view = memoryview(data).cast("B")
+        try:
+            view = memoryview(data).cast("B")
+        except TypeError as error:
+            raise not_bytes(data) from error
         self._check(offset, len(view), errno.ENOSPC)
         if view:
             self._pass(lambda: self.overlay.write(view, offset))
@@ -184,7 +192,12 @@ class Disk:
             self.trace.note(what, name)
 
     def _check(self, offset: int, length: int, code: int) -> None:
-        if offset < 0 or length < 0 or offset + length > self.size:
+        try:
+            outside = (offset | length) < 0 or offset + length > self.size  # `|`: floats are no offsets
+        except TypeError as error:
+            wrong = f"length {length!r}" if not isinstance(length, int) else f"offset {offset!r}"
+            raise UsageError(f"{wrong} is no whole number of bytes") from error
+        if outside:
             raise OutOfBoundsError(
                 f"{length} bytes at offset {offset} are not within the disk, which has {self.size} bytes", errno=code
             )
@@ -252,7 +265,8 @@ class Disk:
             number = next(n for n in itertools.count(len(taken) + 1) if f"checkpoint-{n}" not in taken)
             return f"checkpoint-{number}"
         if (
-            not name
+            not isinstance(name, str)
+            or not name
             or "\0" in name
             or len(name.encode(errors="surrogatepass")) > LONGEST_NAME
             or not name.isprintable()
@@ -385,6 +399,7 @@ class Disk:
         :raises OutOfBoundsError: the range is not within the disk.
         """
         if length is None:
+            self._check(offset, 0, errno.EINVAL)
             length = self.size - offset
         self._check(offset, length, errno.EINVAL)
         if not length:

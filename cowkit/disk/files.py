@@ -9,6 +9,7 @@ import stat
 from collections.abc import Iterator
 
 from cowkit.disk.extent import Extent, Kind
+from cowkit.errors import UsageError
 
 NO_DISK = {
     stat.S_IFDIR: "a directory",
@@ -21,6 +22,18 @@ NO_DISK = {
 
 class ShortReadError(OSError):
     """The file ended before the read did."""
+
+
+def path_text(path: str | os.PathLike[str], what: str) -> str:
+    """``path`` as a string.
+
+    :param what: what it is the path of, for the error message.
+    :raises UsageError: it is no path.
+    """
+    try:
+        return os.fsdecode(path)
+    except TypeError as error:
+        raise UsageError(f"{what} is a path, not {path!r}") from error
 
 
 def pread_whole(fd: int, buffer: memoryview, offset: int) -> None:

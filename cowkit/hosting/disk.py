@@ -9,7 +9,7 @@ from socket import socket as Socket
 from typing import Any
 
 from cowkit.disk import Checkpoint, Extent, Kind
-from cowkit.disk.disk import Buffer
+from cowkit.disk.disk import Buffer, not_bytes
 from cowkit.disk.trace import TraceEvent
 from cowkit.errors import CowkitError, DiskClosedError, DiskError, ListenError
 from cowkit.hosting.checkpoint import POINTS, HostedCheckpoints
@@ -113,7 +113,11 @@ class HostedDisk:
 
     def pwrite(self, data: Buffer, offset: int) -> None:
         """Write ``data`` at ``offset``."""
-        self.call("pwrite", offset, data=memoryview(data).cast("B"))
+        try:
+            view = memoryview(data).cast("B")
+        except TypeError as error:
+            raise not_bytes(data) from error
+        self.call("pwrite", offset, data=view)
 
     def zero(self, length: int, offset: int) -> None:
         """Make the range read as zeroes."""

@@ -6,6 +6,7 @@ import os
 from typing import Literal, NamedTuple
 
 from cowkit.disk.disk import DEFAULT_BLOCK_SIZE, check_block_size
+from cowkit.disk.files import path_text
 from cowkit.disk.layer import default_directory
 from cowkit.disk.sizes import parse_size
 from cowkit.disk.trace import MOST_EVENTS
@@ -61,13 +62,13 @@ def checked(
         raise UsageError(
             "a format, an offset and a partition are of a base: name one, or leave them out for a blank disk"
         )
-    directory = default_directory() if tmpdir is None else os.fspath(tmpdir)
+    directory = default_directory() if tmpdir is None else path_text(tmpdir, "tmpdir")
     _check_overlay_directory(directory)
     # Layers are made later, when the working directory may be another one.
     directory = os.path.abspath(directory)
     if isinstance(trace, bool) or not isinstance(trace, int) or not 0 <= trace <= MOST_EVENTS:
         raise UsageError(f"trace is how many events to keep, from 0 to {MOST_EVENTS}, not {trace!r}")
-    difference = None if overlay is None else os.fspath(overlay)
+    difference = None if overlay is None else path_text(overlay, "overlay")
     return DiskOptions(
         whole, block, base_format, start, partition, round, cow_on_read, cow_on_cache, directory, difference, trace
     )

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from cowkit.diff import DiffReport, ImageOptions, check_output, write_diff
 from cowkit.diff.view import Increment, View
 from cowkit.disk import Checkpoint, Disk
+from cowkit.disk.files import path_text
 from cowkit.errors import OutputError
 from cowkit.keeping.backing import choose_backing
 from cowkit.keeping.engines import engine_for
@@ -92,8 +93,8 @@ def view_of(disk: Disk, states: States) -> View:
     """
     if states.since is None:
         return disk.freeze(states.at)
-    name = states.since if isinstance(states.since, str) else states.since.name
     earlier, later = disk.freeze_both(states.since, states.at)
+    name, _ = states.names
     return Increment(earlier, later, f"checkpoint {name!r} of {disk.base.given or 'the blank disk'}")
 
 
@@ -117,7 +118,7 @@ def check(
 
 
 def _plain(path: str | os.PathLike[str]) -> str:
-    path = os.fsdecode(path)
+    path = path_text(path, "where to write the difference")
     if "\0" in path:
         raise OutputError(f"cannot write {path!r}: no file's name has a NUL")
     return path

@@ -15,7 +15,7 @@ from typing import Literal, get_args
 
 from cowkit.disk import Base, Disk
 from cowkit.disk.view_base import ViewBase
-from cowkit.errors import BaseChangedError, ProtocolError, UsageError
+from cowkit.errors import BaseChangedError, CheckpointError, ProtocolError, UsageError
 from cowkit.server import wire
 from cowkit.server.block_status import WHOLE_OVERLAY, contexts_of
 from cowkit.server.exports import Export
@@ -80,7 +80,10 @@ class Shares(ABC):
     @property
     @abstractmethod
     def written_bytes(self) -> int:
-        """How many bytes clients wrote or zeroed, in whole blocks, on all disks, also on those that are gone."""
+        """How many bytes clients wrote or zeroed, in whole blocks, on all disks, also on those that are gone.
+
+        What the server's disk began with, where it goes on from an earlier difference, is nobody's of them.
+        """
 
     def opened(self, chosen: Export) -> AbstractContextManager[Disk]:
         """The disk of an export that a client has chosen, for as long as the client stays.
@@ -129,6 +132,10 @@ class OneDisk(Shares):
     @property
     def written_bytes(self) -> int:
         """See :attr:`Shares.written_bytes`."""
+        beginning = self._disk.beginning
+        if beginning is not None:
+            with suppress(CheckpointError):  # after a reset it is gone, and what it had with it
+                return sum(extent.length for extent in self._disk.dirty_extents(since=beginning))
         return self._disk.dirty_bytes
 
     @contextmanager

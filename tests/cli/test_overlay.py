@@ -39,6 +39,26 @@ def test_serving_goes_on_from_an_earlier_difference(cowkit: Run, serve: Serve, b
     assert content(tmp_path / "same.qcow2", base) == both
 
 
+def test_what_is_said_to_be_written_is_what_clients_wrote_and_not_what_the_difference_held(
+    cowkit: Run, serve: Serve, base: Path
+) -> None:
+    server = serve("disk.img")
+    write(server.uri, b"first", 4096)
+    assert cowkit("diff", "--base", "disk.img", "-o", "d1.qcow2").returncode == 0
+    server.end()
+    server = serve("disk.img", "--overlay", "d1.qcow2")
+    assert read(server.uri, 5, 4096) == b"first"
+    assert server.end() == (0, "", "cowkit: nothing was written on top of disk.img\n")
+    server = serve("disk.img", "--overlay", "d1.qcow2")
+    write(server.uri, b"again", 4096)
+    write(server.uri, b"more", 70_000)
+    assert server.end() == (0, "", "cowkit: 8 KiB written on top of disk.img, thrown away\n")
+    server = serve("disk.img", "--overlay", "d1.qcow2")
+    assert cowkit("reset", "--base", "disk.img").returncode == 0
+    write(server.uri, b"after", 4096)
+    assert server.end() == (0, "", "cowkit: 4 KiB written on top of disk.img, thrown away\n")
+
+
 def test_a_difference_to_another_base_is_refused_in_one_line(cowkit: Run, base: Path, tmp_path: Path) -> None:
     assert cowkit("run", "disk.img", "--diff", "d1.qcow2", "--", "true").returncode == 0
     (tmp_path / "other.img").write_bytes(bytes(base.stat().st_size))

@@ -32,7 +32,7 @@ def test_the_command_gets_the_disk_by_arguments_and_environment(base: Path, cowk
     assert uri == f"nbd+unix:///?socket={last}"
     assert sock == f"socket={last}"
     assert rest == [uri, uri]
-    assert (done.returncode, done.stderr) == (0, f"cowkit: nothing was written to {base}\n")
+    assert (done.returncode, done.stderr) == (0, f"cowkit: nothing was written on top of {base}\n")
 
 
 def test_with_tcp_there_is_a_unix_socket_too(cowkit: Run) -> None:
@@ -50,7 +50,7 @@ def test_it_ends_with_the_commands_status_and_a_summary(base: Path, cowkit: Run,
     assert (done.returncode, done.stdout, done.stderr) == (
         status,
         "",
-        f"cowkit: 4 KiB written to {base}, thrown away\n",
+        f"cowkit: 4 KiB written on top of {base}, thrown away\n",
     )
     assert base.read_bytes() == before
 

@@ -32,7 +32,7 @@ def test_a_signal_ends_it_with_a_summary_and_nothing_left(base: Path, serve: Ser
     before = base.read_bytes()
     server = serve(base)
     write(server.uri, b"x" * 8192, 4096)
-    assert server.end(number) == (0, "", f"cowkit: 8 KiB written to {base}, thrown away\n")
+    assert server.end(number) == (0, "", f"cowkit: 8 KiB written on top of {base}, thrown away\n")
     assert base.read_bytes() == before
     assert list(runtime.iterdir()) == []
 

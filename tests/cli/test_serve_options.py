@@ -201,14 +201,14 @@ def test_export_names_have_disks_of_their_own_and_control_says_that_there_is_no_
     with ControlClient(running()[0].control) as client:
         disk = client.execute("cowkit-query-disk")
     assert (disk["share"], disk["dirty-bytes"]) == ("export", 8192)
-    assert server.end() == (0, "", f"cowkit: 8 KiB written to {base}, thrown away\n")
+    assert server.end() == (0, "", f"cowkit: 8 KiB written on top of {base}, thrown away\n")
 
 
 def test_connections_have_disks_of_their_own(base: Path, serve: Serve) -> None:
     server = serve(base, "--share", "connection")
     write(server.uri, b"gone", 0)
     assert read(server.uri, 4096, 0) == base.read_bytes()[:4096]
-    assert server.end() == (0, "", f"cowkit: 4 KiB written to {base}, thrown away\n")
+    assert server.end() == (0, "", f"cowkit: 4 KiB written on top of {base}, thrown away\n")
 
 
 def test_a_unix_socket_and_tcp_share_the_exports(base: Path, serve: Serve, runtime: Path) -> None:
@@ -239,7 +239,7 @@ def test_once_ends_it_with_the_last_client(base: Path, serve: Serve, tmp_path: P
     server = serve(base, "--once")
     assert run("nbdcopy", "-C", "4", server.uri, tmp_path / "copy").returncode == 0
     assert (tmp_path / "copy").read_bytes() == base.read_bytes()
-    assert server.wait() == (0, "", f"cowkit: nothing was written to {base}\n")
+    assert server.wait() == (0, "", f"cowkit: nothing was written on top of {base}\n")
 
 
 def test_once_does_not_end_it_while_another_is_connected(base: Path, serve: Serve) -> None:
@@ -265,7 +265,7 @@ def test_it_ends_with_its_parent_if_asked_to(base: Path, runtime: Path) -> None:
         write(uri, b"x", 0)
         process.stdin.close()
         assert process.stdout.read() == "", "which ends when the server does"
-        assert process.stderr.read() == f"cowkit: 4 KiB written to {base}, thrown away\n"
+        assert process.stderr.read() == f"cowkit: 4 KiB written on top of {base}, thrown away\n"
     assert list(runtime.iterdir()) == []
 
 
@@ -317,7 +317,7 @@ def test_several_signals_end_it_as_one_does(base: Path, serve: Serve) -> None:
     server.freeze()
     for number in (signal.SIGTERM, signal.SIGINT):
         server.process.send_signal(number)
-    assert server.end(signal.SIGCONT) == (0, "", f"cowkit: nothing was written to {base}\n")
+    assert server.end(signal.SIGCONT) == (0, "", f"cowkit: nothing was written on top of {base}\n")
 
 
 # What makes no sense: one clear line each

@@ -19,7 +19,7 @@ class DiffReport(NamedTuple):
     """A difference that was written. All amounts are in bytes unless they say otherwise.
 
     *Dirty* was written or zeroed; *changed* differs from the base, in blocks of the disk (or clusters of the image,
-    where those are smaller). What was zeroed for whole clusters over data of the base counts as changed, unread.
+    where those are smaller): what of the base is data is read to know it, also under what was zeroed.
     """
 
     path: str

@@ -116,6 +116,10 @@ def _name(partition: PartitionChanges) -> str:
 
 
 def _notes(report: ChangesReport) -> Iterator[str]:
+    if report.resized:
+        from cowkit.diff.report import resize_note
+
+        yield resize_note(report.size, report.base_size)
     if report.file_system:
         yield f"file system: {report.file_system}"
     if report.partition_table not in ("none", "same"):

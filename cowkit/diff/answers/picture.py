@@ -64,8 +64,9 @@ def picture(report: ChangesReport, title: str) -> str:
 def summary(report: ChangesReport) -> str:
     """The main figures in a line."""
     found = report.amounts
+    was = f" (was {format_size(report.base_size or 0)})" if report.resized else ""
     return (
-        f"{format_size(report.size)}: {found.changed} changed, {format_size(found.zeroed.bytes)} of it zeroed; "
+        f"{format_size(report.size)}{was}: {found.changed} changed, {format_size(found.zeroed.bytes)} of it zeroed; "
         f"{format_size(found.identical.bytes)} more written but the same"
     )
 

@@ -73,7 +73,7 @@ def _copy(arguments: argparse.Namespace) -> ApplyReport:
             arguments.to,
             base=arguments.base,
             base_format=arguments.format,
-            full=arguments.hash == "full",
+            full=None if arguments.hash is None else arguments.hash == "full",
             progress=bar.update,
         )
 
@@ -91,7 +91,7 @@ def _in_place(arguments: argparse.Namespace) -> ApplyReport:
                 arguments.diff,
                 base=arguments.base,
                 base_format=arguments.format,
-                full=arguments.hash == "full",
+                full=None if arguments.hash is None else arguments.hash == "full",
                 progress=bar.update,
                 on_finished=lambda ended: note(ended.summary()),
             )

@@ -56,7 +56,7 @@ def apply_in_place(
     *,
     base: str | os.PathLike[str] | None = None,
     base_format: str | None = None,
-    full: bool = False,
+    full: bool | None = None,
     progress: Progress | None = None,
     on_finished: Callable[[ApplyReport], None] | None = None,
 ) -> ApplyReport:
@@ -67,7 +67,8 @@ def apply_in_place(
 
     :param base: where the base is; where the difference says, unless given.
     :param base_format: its format, as :func:`cowkit.bases.open_base` has it.
-    :param full: compare the whole base with the digest in the difference, which was written with ``hash="full"``.
+    :param full: compare the whole base with the digest in the difference, which was written with ``hash="full"``; None: where
+        there is one; False: compare the sampled blocks alone.
     :param progress: called now and then with the bytes that are done and those there are.
     :param on_finished: called when an interrupted call for another difference has been ended first. If it was for this one,
         that is all there is to do.
@@ -92,7 +93,7 @@ def apply_in_place(
             )
         if not os.path.samestat(os.fstat(bottom.fileno()), os.fstat(target.fd)):
             raise WrongBaseError(f"{target.path} was replaced by another file while it was being opened: try again")
-        chain.stand_on(bottom, full=full)
+        chain.stand_on(bottom, full=full, progress=progress)
         if chain.disk_size < bottom.size:
             raise UsageError(
                 f"{chain.path} has {chain.disk_size} bytes and {target.path} {bottom.size}, of which the end would be lost: apply it "

@@ -152,7 +152,7 @@ class DiffChain:
                 f"{self.path} stands alone and is no difference to {base.given}: use it without a base, or as one"
             )
         self.base = base
-        for index, image in enumerate(self.images):
+        for index, image in reversed(list(enumerate(self.images))):  # what is wrong below shows through above, too
             identity = self._identity(image)
             bottom = image is lowest
             if identity is None or (bottom and base is None):

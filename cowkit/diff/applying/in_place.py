@@ -11,16 +11,16 @@ import os
 import stat
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import Self
 
-from cowkit.bases.unfinished import journal_of
+from cowkit.bases.unfinished import journal_of, unready_journal_of
 from cowkit.diff.applying.journal import Facts, Journal, JournalWriter, identity_of_file
-from cowkit.diff.applying.report import ApplyReport
+from cowkit.diff.applying.report import ApplyReport, Others
 from cowkit.diff.bottom import open_bottom
 from cowkit.diff.chain import DiffChain
-from cowkit.diff.identity import Progress
+from cowkit.diff.identity import Progress, sampled_digest
 from cowkit.disk import Extent, FileBase, Kind
 from cowkit.disk.files import pwrite_whole
 from cowkit.disk.punch import punch_hole
@@ -99,6 +99,7 @@ def apply_in_place(
                 f"{chain.path} has {chain.disk_size} bytes and {target.path} {bottom.size}, of which the end would be lost: apply it "
                 "to a copy (--to)"
             )
+        before = sampled_digest(bottom, bottom.size)
         facts = _write_journal(chain, target, bottom.size, progress)
         with Journal(target.path) as journal:
             target.replay(journal, progress)
@@ -111,6 +112,7 @@ def apply_in_place(
             zeroed_bytes=facts.zeroed_bytes,
             finished=False,
             recognised=chain.recognised == "identity",
+            others=target.others(facts, before),
             seconds=time.perf_counter() - begun,
         )
 
@@ -172,6 +174,7 @@ class _Target:
             raise
         except ValueError as error:  # a null byte in the path
             raise OutputError(f"cannot write {path!r}: {error}") from error
+        self._locked = True
         try:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -179,8 +182,8 @@ class _Target:
             raise OutputError(
                 f"cannot write {path}: another `cowkit apply` is at work on it, or somebody else has it locked"
             ) from error
-        except OSError:
-            pass  # a file system without locks
+        except OSError:  # a file system without locks
+            self._locked = False
 
     def __enter__(self) -> Self:
         return self
@@ -191,8 +194,11 @@ class _Target:
         os.close(self.fd)
 
     def finish(self) -> tuple[ApplyReport, Facts] | None:
-        """End what a journal says that was begun; None where there is none."""
+        """End what a journal says that was begun; None where there is none. One that was never whole is removed."""
         begun = time.perf_counter()
+        if self._locked:  # nobody is writing it any more
+            with suppress(OSError):
+                os.unlink(unready_journal_of(self.path))
         if not os.path.lexists(journal_of(self.path)):
             return None
         with Journal(self.path) as journal:
@@ -210,6 +216,18 @@ class _Target:
             seconds=time.perf_counter() - begun,
         )
         return report, facts
+
+    def others(self, facts: Facts, before: str) -> Others:
+        """What becomes of other differences to the base, whose sampled blocks had the digest ``before``."""
+        if facts.size != facts.size_before:  # by whole sectors, or it would have stayed
+            return "refused"
+        if not facts.written_bytes + facts.zeroed_bytes:
+            return "fit"
+        written = FileBase(self.path)
+        try:
+            return "unnoticed" if sampled_digest(written, written.size) == before else "refused"
+        finally:
+            written.release()
 
     def reserve(self, extent: Extent, size: int) -> None:
         """See that there is room for data, also where the base has a hole; what it reads as stays the same.

@@ -130,14 +130,14 @@ def _notes(report: ChangesReport) -> Iterator[str]:
 
 
 def tell_problems(report: ChangesReport) -> bool:
-    """Say on standard error what cannot be told of files; whether nothing could be."""
+    """Say on standard error what cannot be told of files; whether there is anything."""
     from cowkit.cli.main import note
 
     found = report.files or ()
     for each in found:
         if each.problem is not None:
             note(f"{'disk' if each.partition is None else f'partition {each.partition}'}: {each.problem}")
-    return bool(found) and all(each.problem is not None for each in found)
+    return any(each.problem is not None for each in found)
 
 
 def file_lines(report: ChangesReport) -> Iterator[str]:

@@ -111,7 +111,9 @@ def _finish(arguments: argparse.Namespace) -> int:
         _note_unfinished(arguments.finish)
         raise
     if report is None and unready:
-        note(f"{arguments.finish} is as it was: the apply was killed before its journal counted, and what it left is removed")
+        note(
+            f"{arguments.finish} is as it was: the apply was killed before its journal counted, and what it left is removed"
+        )
         return 0
     if report is None:
         raise UsageError(f"{arguments.finish} has no journal beside it: there is nothing to finish")

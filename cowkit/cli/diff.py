@@ -61,7 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json-schema", action="store_true", help="print the JSON Schema of what --json prints, and do nothing else"
     )
-    parser.add_argument("--exit-code", action="store_true", help="end with status 1 if anything changed, the size included, and 0 if not")
+    parser.add_argument(
+        "--exit-code",
+        action="store_true",
+        help="end with status 1 if anything changed, the size included, and 0 if not",
+    )
     add_choice(
         parser,
         source="SOURCE",

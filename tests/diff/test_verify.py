@@ -210,7 +210,10 @@ def test_a_leaked_cluster_is_one_line(diff: Path) -> None:
             ["-o", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10", "--object", "secret,id=s,data=abc"],
             "is encrypted, and cowkit reads no encrypted images: .* `qemu-img convert`",
         ),
-        (["-o", "compat=0.10"], r"is of qcow2 version 2, .* `qemu-img amend -f qcow2 -o compat=1\.1 .*image\.qcow2` makes it one"),
+        (
+            ["-o", "compat=0.10"],
+            r"is of qcow2 version 2, .* `qemu-img amend -f qcow2 -o compat=1\.1 .*image\.qcow2` makes it one",
+        ),
         (["-o", "data_file=data.raw"], r"incompatible feature 2 \(external data file\)"),
     ],
 )

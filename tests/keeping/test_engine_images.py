@@ -131,7 +131,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"image_options": {"colour": "red"}}, "there is no image option 'colour' of the format qcow2: QEMU has "),
     ({"image_options": {"encrypt": "luks"}}, "'encrypt' of the format qcow2 takes no value of its own"),
     ({"image_options": {"version": "v9"}}, "'version' of the format qcow2 is none of v2, v3: 'v9'"),
-    ({"image_options": {"lazy-refcounts": "perhaps"}}, "'lazy-refcounts' of the format qcow2 is on or off, not 'perhaps'"),
+    (
+        {"image_options": {"lazy-refcounts": "perhaps"}},
+        "'lazy-refcounts' of the format qcow2 is on or off, not 'perhaps'",
+    ),
     ({"image_options": {"refcount-bits": "many"}}, "'many'"),
     ({"image_options": {"version": None}}, "the image option 'version' is a string, a number, true or false"),
     ({"image_options": {"lazy-refcounts": "on", "lazy_refcounts": "on"}}, "is given twice"),

@@ -142,7 +142,9 @@ def test_a_context_that_the_server_does_not_have_is_told_with_those_it_has(
 ) -> None:
     image = overlay(tmp_path / "image.qcow2", base)
     with (
-        qemu_nbd("-r", f"--shared={clients}", "--persistent", "--allocation-depth", "--format=qcow2", image=str(image)) as uri,
+        qemu_nbd(
+            "-r", f"--shared={clients}", "--persistent", "--allocation-depth", "--format=qcow2", image=str(image)
+        ) as uri,
         pytest.raises(
             UsageError,
             match=r"has no metadata context qemu:dirty-bitmap:b; it has: base:allocation, qemu:allocation-depth$",

@@ -49,10 +49,13 @@ class ApplyReport(NamedTuple):
             return f"{self.target}: the interrupted apply {what}is finished, {held}"
         if not self.in_place:
             return f"{self.target}: a copy of the base with {self.path} in it, {held}, {format_size(self.size)} in all"
-        return f"{self.target}: {self.path} is in it now, {held}" + {
-            "fit": "\n  nothing was to be written: it is the base that it was",
-            "refused": "\n  it is another base now: differences to it as it was are refused from now on",
-            "unnoticed": "\n  it is another base now, and no block that is sampled tells it from the old one: differences to it as it "
-            "was do not fit it any more, but only those that were written with --hash full are refused",
-            None: "",
-        }[self.others]
+        return (
+            f"{self.target}: {self.path} is in it now, {held}"
+            + {
+                "fit": "\n  nothing was to be written: it is the base that it was",
+                "refused": "\n  it is another base now: differences to it as it was are refused from now on",
+                "unnoticed": "\n  it is another base now, and no block that is sampled tells it from the old one: differences to it as it "
+                "was do not fit it any more, but only those that were written with --hash full are refused",
+                None: "",
+            }[self.others]
+        )

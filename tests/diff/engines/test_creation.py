@@ -99,7 +99,10 @@ def test_what_it_has_is_asked_by_name(options: CreationOptions) -> None:
     ("asked", "words"),
     [
         ({"colour": "red"}, "there is no image option 'colour' of the format new: QEMU has eager, "),
-        ({"encrypt.colour": "red"}, "there is no image option 'encrypt.colour' of the format new: QEMU has format, iter-time"),
+        (
+            {"encrypt.colour": "red"},
+            "there is no image option 'encrypt.colour' of the format new: QEMU has format, iter-time",
+        ),
         ({"hwversion.x": "1"}, "there is no image option"),
         ({"encrypt": "a"}, "takes no value of its own"),
         ({"new-enum": "a"}, "is none of c, d: 'a'"),

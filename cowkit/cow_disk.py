@@ -86,7 +86,8 @@ class CowDisk:
         disks of this one share (``"process"``): then clients do not wait for a thread here that computes.
     :param overlay: an earlier difference to this base, from which the disk goes on; without a base, one that stands alone.
         What it holds becomes the disk's own and dirty, and the file is not needed any more. The disk has a checkpoint of that
-        moment, ``"overlay"``, and as its size the difference's, unless a larger one is given.
+        moment, ``"overlay"``, and as its size the difference's, unless a larger one is given. If it was written with
+        ``hash="full"``, all of the base is read once, to see that it is the same.
     :param trace: how many of the last changes to take down for :attr:`trace`, at most 1,000,000; each takes 0.2 microseconds.
     :raises UsageError: an argument makes no sense.
     :raises BaseOpenError: the base cannot be opened.

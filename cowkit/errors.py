@@ -142,6 +142,16 @@ class MissingToolError(ToolError):
         self.tool = tool
 
 
+def with_pip(package: str) -> str:
+    """How to get ``package`` for the Python that runs this: a ``remedy``."""
+    import sys
+    from importlib.util import find_spec
+
+    python = sys.executable or "python3"
+    first = "" if find_spec("pip") is not None else f"`{python} -m ensurepip`, then "
+    return f"{first}`{python} -m pip install {package}`"
+
+
 class ToolFailedError(ToolError):
     """A program that ran and failed.
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, Protocol
 
-from cowkit.errors import MissingToolError
+from cowkit.errors import MissingToolError, with_pip
 
 _STEP = 1 << 20
 _READ_AHEAD = 256 << 10
@@ -52,7 +52,7 @@ def _library(module: str, package: str, given: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise MissingToolError(
-            package, purpose=f"opening the compressed base {given}", remedy="pip install 'cowkit[compressed]'"
+            package, purpose=f"opening the compressed base {given}", remedy=with_pip(package)
         ) from error
 
 

@@ -301,8 +301,14 @@ class NbdClient:
         return runs
 
     def offered(self) -> list[str]:
-        """The metadata contexts that the server lists, each once; none where it does not take one more connection to ask."""
+        """The metadata contexts that the server lists, each once; none where it does not tell.
+
+        The connections end first, since a server may have but one client at a time: nothing can be read any more.
+        """
         names: list[str] = []
+        handles, self._idle = self._idle, []
+        for each in handles:
+            _end(each, self._nbd.Error)
         handle = self._nbd.NBD()
         try:
             handle.set_opt_mode(True)

@@ -14,6 +14,11 @@ def journal_of(path: str) -> str:
     return os.path.realpath(path) + _SUFFIX
 
 
+def unready_journal_of(path: str) -> str:
+    """Where that journal is until it is whole; without a living `cowkit apply`, what a killed one left, which does not count."""
+    return journal_of(path) + ".new"
+
+
 def refuse_unfinished(given: str, path: str) -> None:
     """Let a base alone that is half written.
 

@@ -137,6 +137,10 @@ def _name(partition: PartitionChanges) -> str:
 
 
 def _notes(report: ChangesReport) -> Iterator[str]:
+    if report.resized:
+        from cowkit.diff.report import resize_note
+
+        yield resize_note(report.size, report.base_size)
     if report.file_system:
         yield f"file system: {report.file_system}"
     if report.partition_table not in ("none", "same"):
@@ -147,14 +151,14 @@ def _notes(report: ChangesReport) -> Iterator[str]:
 
 
 def tell_problems(report: ChangesReport) -> bool:
-    """Say on standard error what cannot be told of files; whether nothing could be."""
+    """Say on standard error what cannot be told of files; whether there is anything."""
     from cowkit.cli.main import note
 
     found = report.files or ()
     for each in found:
         if each.problem is not None:
             note(f"{'disk' if each.partition is None else f'partition {each.partition}'}: {each.problem}")
-    return bool(found) and all(each.problem is not None for each in found)
+    return any(each.problem is not None for each in found)
 
 
 def file_lines(report: ChangesReport) -> Iterator[str]:

@@ -73,7 +73,7 @@ def _copy(arguments: argparse.Namespace) -> ApplyReport:
             arguments.to,
             base=arguments.base,
             base_format=arguments.format,
-            full=arguments.hash == "full",
+            full=None if arguments.hash is None else arguments.hash == "full",
             progress=bar.update,
         )
 
@@ -91,7 +91,7 @@ def _in_place(arguments: argparse.Namespace) -> ApplyReport:
                 arguments.diff,
                 base=arguments.base,
                 base_format=arguments.format,
-                full=arguments.hash == "full",
+                full=None if arguments.hash is None else arguments.hash == "full",
                 progress=bar.update,
                 on_finished=lambda ended: note(ended.summary()),
             )
@@ -101,13 +101,20 @@ def _in_place(arguments: argparse.Namespace) -> ApplyReport:
 
 
 def _finish(arguments: argparse.Namespace) -> int:
+    from cowkit.bases.unfinished import unready_journal_of
     from cowkit.keeping.applying import finish_base
 
+    unready = os.path.lexists(unready_journal_of(arguments.finish))
     try:
         report = finish_base(arguments.finish)
     except KeyboardInterrupt:
         _note_unfinished(arguments.finish)
         raise
+    if report is None and unready:
+        note(
+            f"{arguments.finish} is as it was: the apply was killed before its journal counted, and what it left is removed"
+        )
+        return 0
     if report is None:
         raise UsageError(f"{arguments.finish} has no journal beside it: there is nothing to finish")
     _tell(report, arguments)

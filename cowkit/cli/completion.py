@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from cowkit.cli.arguments import FILE, whole_parser
-from cowkit.errors import MissingToolError
+from cowkit.errors import MissingToolError, with_pip
 
 DESCRIPTION = "Print shell code that makes the shell complete cowkit's commands, options and file names."
 EXAMPLES = """
@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         import shtab
     except ImportError as error:
-        remedy = "pip install shtab"
+        remedy = with_pip("shtab")
         raise MissingToolError("shtab (a Python package)", purpose="cowkit completion", remedy=remedy) from error
     parser = whole_parser(complete=True)
     _complete_files(parser, shtab.FILE)

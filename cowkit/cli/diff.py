@@ -64,7 +64,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json-schema", action="store_true", help="print the JSON Schema of what --json prints, and do nothing else"
     )
-    parser.add_argument("--exit-code", action="store_true", help="end with status 1 if anything changed, and 0 if not")
+    parser.add_argument(
+        "--exit-code",
+        action="store_true",
+        help="end with status 1 if anything changed, the size included, and 0 if not",
+    )
     add_choice(
         parser,
         source="SOURCE",
@@ -107,7 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
     note_names(arguments.output, arguments.backing_file, arguments)
     if is_asked(arguments) and _show(report["changes"], arguments, name):
         return 2
-    return 1 if arguments.exit_code and report["changed_bytes"] else 0
+    return 1 if arguments.exit_code and (report["changed_bytes"] or report["resized"]) else 0
 
 
 def _kept_by_server(arguments: argparse.Namespace) -> tuple[dict[str, Any], str, str]:
@@ -156,7 +160,7 @@ def _answer(arguments: argparse.Namespace) -> int:
         print(as_json(report))
     if _show(report, arguments, name):
         return 2
-    return 1 if arguments.exit_code and report["changed_bytes"] else 0
+    return 1 if arguments.exit_code and (report["changed_bytes"] or report["resized"]) else 0
 
 
 def _told_by_server(arguments: argparse.Namespace, kind: dict[str, Any]) -> tuple[dict[str, Any], str]:

@@ -11,10 +11,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
 import cowkit
 from cowkit.cli.tools import TOOLS, Tool
+from cowkit.errors import with_pip
 
 DESCRIPTION = (
     "Look which outside tools are here, what each is for and how to install the missing ones, and whether this machine has "
@@ -52,8 +54,9 @@ def run(arguments: argparse.Namespace) -> int:
     versions = {tool: version_of(tool) for tool in TOOLS}
     missing = [tool for tool, version in versions.items() if version is None]
     install = {
-        "apt": _install("apt-get install", {tool.apt for tool in missing}),
-        "dnf": _install("dnf install", {tool.dnf for tool in missing}),
+        "apt": _install("apt-get install", {tool.apt for tool in missing if tool.apt}),
+        "dnf": _install("dnf install", {tool.dnf for tool in missing if tool.dnf}),
+        "pip": _with_pip({tool.pip for tool in missing if tool.pip}),
     }
     if arguments.json:
         print(
@@ -82,13 +85,17 @@ def run(arguments: argparse.Namespace) -> int:
         for what, line in install.items():
             if line:
                 print(
-                    f"\nto install what is missing ({what}):\n  {line}" if what == "apt" else f"or ({what}):\n  {line}"
+                    f"or ({what}):\n  {line}" if what == "dnf" else f"\nto install what is missing ({what}):\n  {line}"
                 )
     return 0 if all(check.fine for check in checks) else 1
 
 
 def _install(command: str, packages: set[str]) -> str | None:
     return f"sudo {command} {' '.join(sorted(packages))}" if packages else None
+
+
+def _with_pip(packages: set[str]) -> str | None:
+    return with_pip(" ".join(sorted(packages))).replace("`, then `", " && ").strip("`") if packages else None
 
 
 def _print(rows: Iterable[tuple[str, str, str]]) -> None:
@@ -100,6 +107,8 @@ def _print(rows: Iterable[tuple[str, str, str]]) -> None:
 
 def version_of(tool: Tool) -> str | None:
     """The version of ``tool``, ``"?"`` if it does not tell one, or None if it is not here."""
+    if tool.pip:
+        return _version_by_pip(tool)
     if tool.is_module:
         return _binding_version()
     path = shutil.which(tool.name, path=f"{os.environ.get('PATH', os.defpath)}:{_SYSTEM_PATH}")
@@ -120,6 +129,16 @@ def version_of(tool: Tool) -> str | None:
         return "?"
     match = re.search(r"\d+(?:\.\d+)+", done.stdout)
     return match[0] if match else "?"
+
+
+def _version_by_pip(tool: Tool) -> str | None:
+    """The version of a module that pip installs; what Python itself has instead has Python's."""
+    if tool.name == "backports.zstd" and sys.version_info >= (3, 14):
+        return platform.python_version()
+    try:
+        return version(tool.pip)
+    except PackageNotFoundError:
+        return None
 
 
 def _hidden_binding() -> str | None:

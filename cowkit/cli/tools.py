@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Tool(NamedTuple):
-    """A program, or the Python binding of a library, that the distribution packages."""
+    """A program, or the Python binding of a library, that the distribution packages; or a Python module that pip installs."""
 
     name: str
     """What it is called: on PATH, or by ``import``."""
@@ -17,6 +17,8 @@ class Tool(NamedTuple):
     """Debian's and Ubuntu's package."""
     dnf: str
     """Fedora's package."""
+    pip: str = ""
+    """The package in the Python package index, of a module that comes from there; empty for others."""
 
     @property
     def is_module(self) -> bool:
@@ -56,5 +58,17 @@ TOOLS = (
         _LONG,
         "libguestfs-tools",
         "guestfs-tools",
+    ),
+    Tool("qemu.qmp", "driving a QEMU storage daemon (--engine qmp)", (), "", "", "qemu.qmp"),
+    Tool("xz", "reading compressed bases: .xz", (), "", "", "python-xz"),
+    Tool("indexed_gzip", "reading compressed bases: .gz", (), "", "", "indexed-gzip"),
+    Tool("indexed_bzip2", "reading compressed bases: .bz2", (), "", "", "indexed-bzip2"),
+    Tool(
+        "backports.zstd",
+        "reading compressed bases: .zst, and --compress zstd (before Python 3.14)",
+        (),
+        "",
+        "",
+        "backports.zstd",
     ),
 )

@@ -50,8 +50,8 @@ def add_base_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--hash",
         choices=("sampled", "full"),
-        default="sampled",
-        help="recognise the base by its size and some blocks, or by all of it, if DIFF was written so (default: sampled)",
+        help="recognise the base by its size and some blocks, or by all of it, for which DIFF must be written so "
+        "(default: full, if it is)",
     )
 
 
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
             base_format=arguments.format,
             against=arguments.against,
             against_format=arguments.against_format,
-            full=arguments.hash == "full",
+            full=None if arguments.hash is None else arguments.hash == "full",
             progress=bar.update,
         )
     if not found.recognised:

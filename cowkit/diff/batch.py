@@ -18,7 +18,7 @@ _MOST_RUNS = 4096
 class Run(NamedTuple):
     """Neighbouring clusters that are to be in the image: ``length`` bytes, cut at no disk's end.
 
-    ``DATA``: with their content. ``ZERO``: they read as zeroes, and the base's do not (or may not).
+    ``DATA``: with their content. ``ZERO``: they read as zeroes, and the base's do not.
     """
 
     offset: int

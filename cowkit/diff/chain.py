@@ -57,6 +57,8 @@ class DiffChain:
         self.base: Base | None = None
         self.recognised: Recognised = "no"
         """By what :meth:`stand_on` found the base to be the right one; ``"identity"`` where there is none to be wrong."""
+        self.whole_base = False
+        """Whether :meth:`stand_on` compared all of the base with its digest."""
         try:
             self._follow(self.path, base)
         except BaseException:
@@ -128,11 +130,13 @@ class DiffChain:
 
     # Standing on a base
 
-    def stand_on(self, base: Base | None, *, full: bool = False, progress: Progress | None = None) -> None:
+    def stand_on(self, base: Base | None, *, full: bool | None = None, progress: Progress | None = None) -> None:
         """Read what shows through from ``base``, after it was seen to be the one that the chain is made for.
 
         :param base: it stays the caller's; None for a chain that stands alone.
-        :param full: compare the whole base with the digest of all its bytes.
+        :param full: compare the whole base with the digest of all its bytes, which must be recorded; None: where it is, since
+            whoever wrote the difference asked for that; False: never.
+        :param progress: called with the bytes of that which are read and those there are.
         :raises WrongBaseError: it is another one, or an image of the chain is not what the one on top of it was made of.
         :raises UsageError: ``full``, and that digest is not recorded.
         """
@@ -148,17 +152,20 @@ class DiffChain:
                 f"{self.path} stands alone and is no difference to {base.given}: use it without a base, or as one"
             )
         self.base = base
-        for index, image in enumerate(self.images):
+        for index, image in reversed(list(enumerate(self.images))):  # what is wrong below shows through above, too
             identity = self._identity(image)
             bottom = image is lowest
             if identity is None or (bottom and base is None):
                 continue
-            compare = full and (bottom or identity.full is not None)
-            if compare and identity.full is None:
+            compare = identity.full is not None and full is not False
+            if full and bottom and identity.full is None:
                 raise UsageError(
                     f"{image.path} does not record the digest of its whole base: compare without it, or write it with --hash full"
                 )
-            why = identity.differs_from(_Reader(self, index), full=compare, progress=progress)
+            slow = compare and bottom and base is not None and base.scattered_reads_are_slow
+            why = identity.differs_from(_Reader(self, index), full=compare, sampled=not slow, progress=progress)
+            if compare and bottom:
+                self.whole_base = True
             if why is not None:
                 below = base.given if bottom and base is not None else self.images[index + 1].path
                 raise WrongBaseError(

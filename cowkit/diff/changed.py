@@ -4,7 +4,8 @@
 the disk, or in clusters where those are smaller; an image carries whole clusters.
 
 - Each byte is read at most once: of a cluster that is dirty in part, the base's whole cluster and the dirty pieces.
-- Holes of the base are not read, and neither is base data that was zeroed for whole clusters: that counts as changed.
+- Holes of the base are not read. Its data are read even under what was zeroed: whether a file system calls zeroes data or a
+  hole may depend on what is in the page cache (SEEK_DATA of unwritten extents), and what changed must not.
 - Long runs are dealt with as runs: a range that is trimmed where the base has a hole costs one question to the base.
 
 Bytes are compared with ``startswith``: it takes a position and a view, copies nothing, and ends in memcmp(3), where a
@@ -275,21 +276,35 @@ class Changes:
             start += length
 
     def _zeroed(self, start: int, end: int) -> Iterator[Batch]:
-        done = start
+        done = told = start
         for extent in self._map.extents(start, end - start):
             if extent.kind is Kind.HOLE:
                 continue
-            if self._batch.is_full:
-                yield self._batch.take()
-            # The base's data may begin and end anywhere: two runs of it may share a block, or a cluster.
-            first, last = max(down(extent.offset, self._unit), self.tally.end), up(extent.end, self._unit)
-            if first < last:
-                self.tally.mark(first, last - first, Kind.ZERO)
+            # The base's data may begin and end anywhere: two runs of it may share a cluster.
             first, last = max(down(extent.offset, self._cluster), done), up(extent.end, self._cluster)
-            if first < last:
-                self._batch.add(first, last - first, Kind.ZERO)
-                done = last
-        self._advance(end - start)
+            for at in range(first, last, self._piece):
+                if self._batch.is_full:
+                    yield self._batch.take()
+                length = min(self._piece, last - at)
+                old = self._aside_view[:length]
+                self._read_base(old, at)
+                if not self._zeroes.startswith(old):
+                    self._keep_zeroed(at, old)
+                self._advance(at + length - told)
+                told = at + length
+            done = max(done, last)
+        self._advance(end - told)
+
+    def _keep_zeroed(self, start: int, old: memoryview) -> None:
+        """The base has ``old`` from ``start`` on, where all was zeroed: have a cluster of zeroes for each that it has data in."""
+        zeroes, unit = self._zeroes, self._unit
+        for at in range(0, len(old), self._cluster):
+            if zeroes.startswith(old[at : at + self._cluster]):
+                continue
+            for begin in range(at, at + self._cluster, unit):
+                if not zeroes.startswith(old[begin : begin + unit]):
+                    self.tally.mark(start + begin, unit, Kind.ZERO)
+            self._batch.add(start + at, self._cluster, Kind.ZERO)
 
     def _keep_changed(self, start: int, new: memoryview, base: bytes | bytearray) -> None:
         """``new`` lies behind the batch's content: make those of its clusters that differ from ``base`` part of it."""

@@ -85,14 +85,17 @@ class BaseIdentity(NamedTuple):
                 return cls(int(str(size)), str(sampled), None if full is None else str(full), increment)
         raise ImageError(f"image {where} is damaged: its base's identity cannot be read")
 
-    def differs_from(self, reader: Reader, *, full: bool = False, progress: Progress | None = None) -> str | None:
+    def differs_from(
+        self, reader: Reader, *, full: bool = False, sampled: bool = True, progress: Progress | None = None
+    ) -> str | None:
         """Why ``reader`` is not the base that this is the identity of, in words; None where it is.
 
         :param full: compare all bytes; the identity has a digest of them.
+        :param sampled: compare the sampled blocks: what differs there is known soon, unless ``reader`` is slow at that.
         """
         if image_size(reader.size) != image_size(self.size):
             return f"its size is {reader.size} bytes, not {self.size}"
-        if sampled_digest(reader, self.size) != self.sampled:
+        if sampled and sampled_digest(reader, self.size) != self.sampled:
             return "blocks that were sampled differ"
         if full and full_digest(reader, self.size, progress) != self.full:
             return "the digest of all its bytes differs"

@@ -113,6 +113,8 @@ def write_diff(
         changed=tuple(tally.changed),
         engine=engine.name,
         format=options.kind,
+        size=view.size,
+        base_size=None if view.base.given is None else view.base.size,
     )
 
 

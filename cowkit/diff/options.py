@@ -88,7 +88,7 @@ class ImageOptions(NamedTuple):
             return f"the format {self.kind!r}"
         if self.image_options:
             return f"the image option {next(iter(self.image_options))!r}"
-        return "a secret file" if self.secret_file is not None else None
+        return "an encrypted image (secret file)" if self.secret_file is not None else None
 
     @property
     def chosen_engine(self) -> EngineName:

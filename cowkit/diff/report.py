@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
+from cowkit.diff.qcow2.layout import image_size
 from cowkit.disk.extent import Extent, Kind
 from cowkit.disk.sizes import format_size
 
@@ -19,7 +20,7 @@ class DiffReport(NamedTuple):
     """A difference that was written. All amounts are in bytes unless they say otherwise.
 
     *Dirty* was written or zeroed; *changed* differs from the base, in blocks of the disk (or clusters of the image,
-    where those are smaller). What was zeroed for whole clusters over data of the base counts as changed, unread.
+    where those are smaller): what of the base is data is read to know it, also under what was zeroed.
     """
 
     path: str
@@ -53,11 +54,20 @@ class DiffReport(NamedTuple):
     """The image's format as QEMU names it."""
     changes: ChangesReport | None = None
     """More about the very same moment, where that was asked for."""
+    size: int = 0
+    """Of the disk, to the byte."""
+    base_size: int | None = None
+    """Of the state before; None for a blank disk, which has none."""
 
     @property
     def identical_bytes(self) -> int:
         """What is dirty and yet the same as in the base."""
         return self.dirty_bytes - self.changed_bytes
+
+    @property
+    def resized(self) -> bool:
+        """Whether the disk has another size than the state before, which is a change, too; in sectors, as images have it."""
+        return is_resized(self.size, self.base_size)
 
     def to_json(self) -> dict[str, object]:
         """The report as JSON has it: numbers, strings, lists and dictionaries; ``schema`` is the version of its form."""
@@ -67,6 +77,9 @@ class DiffReport(NamedTuple):
             "backing_file": self.backing_file,
             "backing_format": self.backing_format,
             "virtual_size": self.virtual_size,
+            "size": self.size,
+            "base_size": self.base_size,
+            "resized": self.resized,
             "cluster_size": self.cluster_size,
             "dirty_bytes": self.dirty_bytes,
             "dirty_extents": self.dirty_extents,
@@ -88,6 +101,8 @@ class DiffReport(NamedTuple):
         """A few lines for people."""
         on = f" on top of {self.backing_file}" if self.backing_file is not None else ""
         lines = [f"{self.path}: {format_size(self.changed_bytes)} changed in {_extents(self.changed_extents)}{on}"]
+        if self.resized:
+            lines.append(f"  {resize_note(self.size, self.base_size)}")
         if self.zeroed_bytes:
             lines.append(f"  {format_size(self.zeroed_bytes)} of it zeroed in {_extents(self.zeroed_extents)}")
         if self.identical_bytes:
@@ -96,6 +111,17 @@ class DiffReport(NamedTuple):
             f"  read {format_size(self.bytes_read)}, wrote {format_size(self.bytes_written)} in {self.seconds:.2f} s"
         )
         return "\n".join(lines)
+
+
+def is_resized(size: int, base_size: int | None) -> bool:
+    """Whether a disk of ``size`` bytes is of another size than the state before; in sectors, since images have whole ones."""
+    return base_size is not None and image_size(size) != image_size(base_size)
+
+
+def resize_note(size: int, base_size: int | None) -> str:
+    """The same in words, for what is of another size."""
+    was = base_size or 0
+    return f"the size changed: {size} bytes, {abs(size - was)} {'more' if size > was else 'less'} than before ({was})"
 
 
 def _extents(count: int) -> str:

@@ -29,8 +29,3 @@ class Tally:
         if self._end > self._offset:
             self.changed.append(Extent(self._offset, self._end - self._offset, self._kind))
         self._offset = self._end
-
-    @property
-    def end(self) -> int:
-        """The end of the last range that was noted."""
-        return self._end

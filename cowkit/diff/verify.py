@@ -97,7 +97,7 @@ def verify_diff(
     base_format: str | None = None,
     against: str | os.PathLike[str] | None = None,
     against_format: str | None = None,
-    full: bool = False,
+    full: bool | None = None,
     progress: Progress | None = None,
 ) -> Verification:
     """Read the difference at ``path`` and all that it stands on with cowkit's strict reader and with QEMU, and compare.
@@ -108,7 +108,8 @@ def verify_diff(
     :param base_format: its format, as :func:`cowkit.bases.open_base` has it.
     :param against: an image, or an NBD URI such as a live disk's, that all of the disk is to be the same as.
     :param against_format: its format.
-    :param full: compare the whole base with the digest in the difference, which was written with ``hash="full"``.
+    :param full: compare the whole base with the digest in the difference, which was written with ``hash="full"``; None: where
+        there is one; False: compare the sampled blocks alone.
     :param progress: called now and then with the bytes that are done and those there are.
     :raises ImageError: an image is damaged, or uses a feature that cowkit does not read.
     :raises WrongBaseError: the base is not the one that it was made of.
@@ -118,7 +119,7 @@ def verify_diff(
     begun = time.perf_counter()
     with ExitStack() as stack:
         chain, bottom = open_bottom(path, base, base_format, stack)
-        chain.stand_on(bottom, full=full)
+        chain.stand_on(bottom, full=full, progress=progress)
         for image in chain.images:
             if image is chain.images[0] or image.identity is not None:
                 image.check()
@@ -151,7 +152,7 @@ def verify_diff(
             path=os.fspath(path),
             base=bottom.given if bottom is not None else None,
             recognised=chain.recognised == "identity",
-            whole_base=full,
+            whole_base=chain.whole_base,
             images=tuple(image.path for image in chain.images),
             size=chain.size,
             compared_bytes=sum(b - a for a, b in held),

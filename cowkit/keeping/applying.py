@@ -18,7 +18,7 @@ def apply_to_base(
     *,
     base: str | os.PathLike[str] | None = None,
     base_format: str | None = None,
-    full: bool = False,
+    full: bool | None = None,
     progress: Progress | None = None,
     on_finished: Callable[[ApplyReport], None] | None = None,
 ) -> ApplyReport:

@@ -173,6 +173,22 @@ def test_what_cannot_be_told_is_a_line_on_standard_error_and_status_2(base: Path
     assert done.stderr == "cowkit: disk: no known file system, so its files cannot be told\n"
 
 
+@pytest.mark.requires("sfdisk", "mke2fs", "debugfs")
+def test_what_cannot_be_told_of_one_partition_is_status_2_and_the_others_are_told(
+    tmp_path: Path, serve: Serve, cowkit: Run
+) -> None:
+    disk = tmp_path / "two.img"
+    with disk.open("wb") as file:
+        file.truncate(24 << 20)
+    subprocess.run(["sfdisk", "-q", disk], input="start=2048,size=16384\nstart=20480\n", text=True, check=True)
+    subprocess.run(["mke2fs", "-q", "-E", "offset=1048576", disk, "8192k"], check=True, capture_output=True)
+    server = serve(disk)
+    write(server.uri, b"LUKS\xba\xbe", 20480 * 512)
+    done = cowkit("diff", "--files")
+    assert (done.returncode, done.stdout) == (2, "partition 1 (ext2): no file changed\n")
+    assert done.stderr == "cowkit: partition 2: it holds an encrypted volume, which is not looked into\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

@@ -38,6 +38,29 @@ def test_the_export_of_another_server_is_kept(base: Path, tmp_path: Path, cowkit
     same(tmp_path / "next.qcow2", tmp_path / "diff.qcow2")
 
 
+def test_another_size_is_a_change(base: Path, tmp_path: Path, serve: Serve, cowkit: Run) -> None:
+    size = base.stat().st_size
+    smaller, sector = tmp_path / "smaller.img", tmp_path / "sector.img"
+    smaller.write_bytes(base.read_bytes()[:-4096])
+    ask = ("diff", "--base", base, "--exit-code")
+    done = cowkit(*ask, "--from", smaller, "--stat")
+    assert done.returncode == 1
+    line = f"the size changed: {size - 4096} bytes, 4096 less than before ({size})"
+    assert done.stdout.splitlines()[-1] == line
+    done = cowkit(*ask, "--from", smaller, "-o", "d.qcow2")
+    assert (done.returncode, done.stdout.splitlines()[1].strip()) == (1, line)
+    sector.write_bytes(base.read_bytes().ljust(-(-size // 512) * 512, b"\0"))
+    done = cowkit(*ask, "--from", sector, "--stat", "--json")  # as large as an image of the base is
+    report = json.loads(done.stdout)
+    assert (done.returncode, report["resized"], report["base_size"]) == (0, False, size)
+    serve(base, "--size", str(size + 5000))
+    done = cowkit(*ask, "--stat", "--json")
+    report = json.loads(done.stdout)
+    assert (done.returncode, report["changed_bytes"], report["resized"]) == (1, 0, True)
+    assert (report["size"], report["base_size"]) == (size + 5000, size)
+    assert "(was " in cowkit("map").stdout
+
+
 def test_images_are_kept_with_all_options(base: Path, tmp_path: Path, cowkit: Run) -> None:
     image = overlay(tmp_path / "overlay.qcow2", base)
     write_to_image(image, {8192: 5000})

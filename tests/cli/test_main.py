@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -171,6 +172,19 @@ def test_the_doctor_lists_every_tool_with_its_purpose(cowkit: Run) -> None:
     for tool in report["tools"]:
         if tool["name"] in ("qemu-img", "nbdinfo", "fio", "nbdkit") and shutil.which(tool["name"]):
             assert re.fullmatch(r"\d+(\.\d+)+", tool["version"])
+
+
+def test_a_missing_module_is_told_with_the_pip_that_gets_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def none(_: str) -> str:
+        raise PackageNotFoundError
+
+    monkeypatch.setattr("cowkit.cli.doctor.version", none)
+    assert main(["doctor"]) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"^  import indexed_gzip +missing +reading compressed bases: \.gz$", told, re.MULTILINE)
+    assert re.search(r" -m pip install .*indexed-gzip python-xz qemu\.qmp$", told, re.MULTILINE)
 
 
 def test_a_missing_tool_is_no_failure_and_how_to_get_it_is_said(cowkit: Run, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_apply_in_place_is_asked_for_twice(cowkit: Run, changed: bytes, base: Pa
     assert base.read_bytes() == before
     done = cowkit("apply", "diff.qcow2", "--in-place", "--force")
     assert (done.returncode, done.stderr) == (0, "")
-    assert "does not fit it any more" in done.stdout
+    assert "it is another base now: differences to it as it was are refused from now on" in done.stdout
     assert base.read_bytes() == changed
     assert "another base" in complaint(cowkit("apply", "diff.qcow2", "--in-place", "--force"))
     assert "another base" in complaint(cowkit("serve", "disk.img", "--overlay", "diff.qcow2"))
@@ -107,6 +107,11 @@ def test_finish_goes_on_from_the_journal(
         raise KeyboardInterrupt
 
     assert "there is nothing to finish" in complaint(cowkit("apply", "--finish", "disk.img"))
+    unready = Path(journal_of(str(base)) + ".new")
+    unready.write_bytes(b"cowkit")
+    done = cowkit("apply", "--finish", "disk.img")
+    assert (done.returncode, unready.exists()) == (0, False)
+    assert "disk.img is as it was" in done.stderr
     with monkeypatch.context() as patch:
         patch.setattr("cowkit.diff.applying.in_place.pwrite_whole", interrupted)
         with pytest.raises(KeyboardInterrupt):

@@ -157,6 +157,58 @@ def test_the_base_itself_has_the_disk_and_the_difference_fits_it_no_more(
     assert finish(base) is None
 
 
+def test_what_becomes_of_other_differences_is_told_as_it_is(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base.img", 40 * MIB, {20 * MIB: noise(MIB, 1)})
+    with CowDisk(base) as disk:
+        disk.diff(tmp_path / "nothing.qcow2")
+        disk.pwrite(b"x", 20 * MIB + 12_345)
+        disk.diff(tmp_path / "aside.qcow2")
+        disk.pwrite(b"x", 0)
+        disk.diff(tmp_path / "seen.qcow2")
+    report = apply_in_place(tmp_path / "nothing.qcow2")
+    assert (report.others, "is the base that it was" in report.summary()) == ("fit", True)
+    report = apply_in_place(tmp_path / "aside.qcow2")
+    assert (report.others, "no block that is sampled" in report.summary()) == ("unnoticed", True)
+    report = apply_in_place(tmp_path / "seen.qcow2")  # which is such another difference
+    assert (report.others, "refused from now on" in report.summary()) == ("refused", True)
+    with pytest.raises(WrongBaseError):
+        apply_in_place(tmp_path / "nothing.qcow2")
+
+
+def test_a_base_that_was_written_to_is_blamed_and_not_what_stands_on_it(base: Path, tmp_path: Path) -> None:
+    with CowDisk(base) as disk:
+        disk.pwrite(b"one", 0)
+        disk.diff(tmp_path / "d1.qcow2")
+        disk.checkpoint("one")
+        disk.pwrite(b"two", 2 * MIB)
+        disk.diff(tmp_path / "d2.qcow2", since="one", backing_file="d1.qcow2")
+    moved = tmp_path / "moved.img"
+    os.rename(base, moved)
+    apply_in_place(tmp_path / "d2.qcow2", base=moved)
+    with pytest.raises(WrongBaseError, match=r"d1\.qcow2 is a difference to another base than .*moved\.img"):
+        apply_to(tmp_path / "d2.qcow2", tmp_path / "new.img", base=moved)
+
+
+def test_a_journal_that_was_never_whole_is_removed_by_the_next_and_not_from_a_living_one(
+    base: Path, tmp_path: Path
+) -> None:
+    wrecked(base, tmp_path / "diff.qcow2")
+    left = Path(journal_of(str(base)) + ".new")
+    left.write_bytes(b"cowkit apply")
+    with base.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(OutputError, match="another `cowkit apply`"):
+            finish(base)
+        assert left.exists()
+    assert finish(base) is None
+    assert not left.exists()
+    left.write_bytes(b"cowkit apply")
+    base.write_bytes(bytes(SIZE))
+    with pytest.raises(WrongBaseError):
+        apply_in_place(tmp_path / "diff.qcow2")
+    assert not left.exists()
+
+
 def test_a_base_that_would_lose_its_end_is_left_alone(base: Path, tmp_path: Path) -> None:
     wrecked(base, tmp_path / "diff.qcow2", round="down")
     with pytest.raises(UsageError, match="of which the end would be lost"):

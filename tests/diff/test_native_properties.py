@@ -45,7 +45,7 @@ def test_every_reader_finds_the_disk_in_the_image(
     base_size: int, pieces: dict[int, int], size: int | None, block: int, cluster: int, todo: list[Doing], forked: bool
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        data = {at: noise(length, 9) for at, length in pieces.items()}
+        data = {at: noise(length, 9) if length % 3 else bytes(length) for at, length in pieces.items()}
         path = make_base(Path(folder, "base.img"), base_size, data)
         image = Path(folder, "diff.qcow2")
         with Disk(FileBase(path), block_size=block, size=size, tmpdir=folder) as disk:
@@ -70,7 +70,7 @@ def test_qemu_finds_the_disk_in_the_image_and_no_fault(
     base_size: int, pieces: dict[int, int], size: int | None, block: int, cluster: int, todo: list[Doing]
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        data = {at: noise(length, 9) for at, length in pieces.items()}
+        data = {at: noise(length, 9) if length % 3 else bytes(length) for at, length in pieces.items()}
         path = make_base(Path(folder, "base.img"), base_size, data)
         image = Path(folder, "diff.qcow2")
         with Disk(FileBase(path), block_size=block, size=size, tmpdir=folder) as disk:
@@ -93,16 +93,14 @@ def check_report(report: DiffReport, view: FrozenView, image: Path) -> None:
     for one, two in pairwise(report.changed):
         assert one.end < two.offset or (one.end == two.offset and one.kind is not two.kind)
     told = {block: e.kind for e in report.changed for block in range(e.offset // unit, -(-e.end // unit))}
-    zeroed = {block for e in dirty if e.kind is Kind.ZERO for block in range(e.offset // unit, -(-e.end // unit))}
     for block in range(-(-view.size // unit)):
         offset = block * unit
         length = min(unit, view.size - offset)
         new, old = view.pread(length, offset), view.read_base(length, offset)
         if new != old:
             assert told.get(block) is (Kind.DATA if new.strip(b"\0") else Kind.ZERO)
-        elif block in told:  # zeroes over data of the base that was not looked at
-            assert block in zeroed
-            assert told[block] is Kind.ZERO
+        else:
+            assert block not in told
     touched = {c for e in dirty for c in range(e.offset // report.cluster_size, -(-e.end // report.cluster_size))}
     # The last cluster may be in the image without need, to cut off a base that is longer.
     last = {view.size // report.cluster_size} if view.base.size > view.size and view.size % 512 else set()

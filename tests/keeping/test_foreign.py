@@ -136,12 +136,15 @@ def test_what_the_allocation_depth_says_is_believed_if_the_user_says_so(
         assert report.bytes_read < MIB
 
 
+@pytest.mark.parametrize("clients", [0, 1])
 def test_a_context_that_the_server_does_not_have_is_told_with_those_it_has(
-    base: Path, output: Path, tmp_path: Path
+    clients: int, base: Path, output: Path, tmp_path: Path
 ) -> None:
     image = overlay(tmp_path / "image.qcow2", base)
     with (
-        qemu_nbd("-r", "--shared=0", "--allocation-depth", "--format=qcow2", image=str(image)) as uri,
+        qemu_nbd(
+            "-r", f"--shared={clients}", "--persistent", "--allocation-depth", "--format=qcow2", image=str(image)
+        ) as uri,
         pytest.raises(
             UsageError,
             match=r"has no metadata context qemu:dirty-bitmap:b; it has: base:allocation, qemu:allocation-depth$",

@@ -73,7 +73,7 @@ def answered(
         base=view.base.given,
         size=view.size,
         block_size=view.block_size,
-    )
+    )._replace(base_size=None if view.base.given is None else view.base.size)
     if files:
         from cowkit.diff.answers.files import changed_files
 

@@ -69,8 +69,9 @@ def changed_word(report: ChangesReport) -> str:
 def summary(report: ChangesReport) -> str:
     """The main figures in a line."""
     found = report.amounts
+    was = f" (was {format_size(report.base_size or 0)})" if report.resized else ""
     return (
-        f"{format_size(report.size)}: {found.changed} {changed_word(report)}, {format_size(found.zeroed.bytes)} of it zeroed; "
+        f"{format_size(report.size)}{was}: {found.changed} {changed_word(report)}, {format_size(found.zeroed.bytes)} of it zeroed; "
         f"{format_size(found.identical.bytes)} more written but the same"
     )
 

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, Self
 from cowkit.diff.answers.amounts import Amounts
 from cowkit.diff.answers.file_change import FileSystemChanges
 from cowkit.diff.answers.image_size import Estimate
+from cowkit.diff.report import is_resized
 from cowkit.disk.extent import Extent, Kind
 
 TableState = Literal["none", "same", "changed", "added", "removed", "damaged"]
@@ -66,6 +67,13 @@ class ChangesReport(NamedTuple):
     """How large an image of it would be; None unless asked for."""
     files: tuple[FileSystemChanges, ...] | None = None
     """Which files changed; None unless asked for."""
+    base_size: int | None = None
+    """Of the earlier state; None for a blank disk, and where it is not known."""
+
+    @property
+    def resized(self) -> bool:
+        """Whether the disk has another size than the earlier state, which is a change, too; in sectors, as images have it."""
+        return is_resized(self.size, self.base_size)
 
     def to_json(self) -> dict[str, object]:
         """The report as JSON has it; ``schema`` is the version of its form (``schema.json`` here describes it)."""
@@ -73,6 +81,8 @@ class ChangesReport(NamedTuple):
             "schema": SCHEMA,
             "base": self.base,
             "size": self.size,
+            "base_size": self.base_size,
+            "resized": self.resized,
             "block_size": self.block_size,
             **self.amounts.to_json(),
             "partition_table": self.partition_table,
@@ -106,6 +116,7 @@ class ChangesReport(NamedTuple):
             seconds=data["seconds"],
             estimate=None if estimate is None else Estimate.from_json(estimate),
             files=None if files is None else tuple(map(FileSystemChanges.from_json, files)),
+            base_size=data["base_size"],
         )
 
 

@@ -31,7 +31,7 @@ def apply_to(
     *,
     base: str | os.PathLike[str] | None = None,
     base_format: str | None = None,
-    full: bool = False,
+    full: bool | None = None,
     progress: Progress | None = None,
 ) -> ApplyReport:
     """Write all of the disk of the difference at ``path`` to a sparse raw file at ``target``, all at once or not at all.
@@ -40,7 +40,8 @@ def apply_to(
 
     :param base: where the base is; where the difference says, unless given.
     :param base_format: its format, as :func:`cowkit.bases.open_base` has it.
-    :param full: compare the whole base with the digest in the difference, which was written with ``hash="full"``.
+    :param full: compare the whole base with the digest in the difference, which was written with ``hash="full"``; None: where
+        there is one; False: compare the sampled blocks alone.
     :param progress: called now and then with the bytes that are done and those there are.
     :raises ImageError: the difference is damaged.
     :raises WrongBaseError: the base is not the one that it was made of.
@@ -50,7 +51,7 @@ def apply_to(
     begun = time.perf_counter()
     with ExitStack() as stack:
         chain, bottom = open_bottom(path, base, base_format, stack)
-        chain.stand_on(bottom, full=full)
+        chain.stand_on(bottom, full=full, progress=progress)
         size = chain.disk_size
         spared = [image.path for image in chain.images]
         if bottom is not None and bottom.path is not None:

@@ -11,16 +11,16 @@ import os
 import stat
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import Self
 
-from cowkit.bases.unfinished import journal_of
+from cowkit.bases.unfinished import journal_of, unready_journal_of
 from cowkit.diff.applying.journal import Facts, Journal, JournalWriter, identity_of_file
-from cowkit.diff.applying.report import ApplyReport
+from cowkit.diff.applying.report import ApplyReport, Others
 from cowkit.diff.bottom import open_bottom
 from cowkit.diff.chain import DiffChain
-from cowkit.diff.identity import Progress
+from cowkit.diff.identity import Progress, sampled_digest
 from cowkit.disk import Extent, FileBase, Kind
 from cowkit.disk.files import pwrite_whole
 from cowkit.disk.punch import punch_hole
@@ -61,7 +61,7 @@ def apply_in_place(
     *,
     base: str | os.PathLike[str] | None = None,
     base_format: str | None = None,
-    full: bool = False,
+    full: bool | None = None,
     progress: Progress | None = None,
     on_finished: Callable[[ApplyReport], None] | None = None,
 ) -> ApplyReport:
@@ -72,7 +72,8 @@ def apply_in_place(
 
     :param base: where the base is; where the difference says, unless given.
     :param base_format: its format, as :func:`cowkit.bases.open_base` has it.
-    :param full: compare the whole base with the digest in the difference, which was written with ``hash="full"``.
+    :param full: compare the whole base with the digest in the difference, which was written with ``hash="full"``; None: where
+        there is one; False: compare the sampled blocks alone.
     :param progress: called now and then with the bytes that are done and those there are.
     :param on_finished: called when an interrupted call for another difference has been ended first. If it was for this one,
         that is all there is to do.
@@ -97,12 +98,13 @@ def apply_in_place(
             )
         if not os.path.samestat(os.fstat(bottom.fileno()), os.fstat(target.fd)):
             raise WrongBaseError(f"{target.path} was replaced by another file while it was being opened: try again")
-        chain.stand_on(bottom, full=full)
+        chain.stand_on(bottom, full=full, progress=progress)
         if chain.disk_size < bottom.size:
             raise UsageError(
                 f"{chain.path} has {chain.disk_size} bytes and {target.path} {bottom.size}, of which the end would be lost: apply it "
                 "to a copy (--to)"
             )
+        before = sampled_digest(bottom, bottom.size)
         facts = _write_journal(chain, target, bottom.size, progress)
         with Journal(target.path) as journal:
             target.replay(journal, progress)
@@ -115,6 +117,7 @@ def apply_in_place(
             zeroed_bytes=facts.zeroed_bytes,
             finished=False,
             recognised=chain.recognised == "identity",
+            others=target.others(facts, before),
             seconds=time.perf_counter() - begun,
         )
 
@@ -176,6 +179,7 @@ class _Target:
             raise
         except ValueError as error:  # a null byte in the path
             raise OutputError(f"cannot write {path!r}: {error}") from error
+        self._locked = True
         try:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -183,8 +187,8 @@ class _Target:
             raise OutputError(
                 f"cannot write {path}: another `cowkit apply` is at work on it, or somebody else has it locked"
             ) from error
-        except OSError:
-            pass  # a file system without locks
+        except OSError:  # a file system without locks
+            self._locked = False
 
     def __enter__(self) -> Self:
         return self
@@ -195,8 +199,11 @@ class _Target:
         os.close(self.fd)
 
     def finish(self) -> tuple[ApplyReport, Facts] | None:
-        """End what a journal says that was begun; None where there is none."""
+        """End what a journal says that was begun; None where there is none. One that was never whole is removed."""
         begun = time.perf_counter()
+        if self._locked:  # nobody is writing it any more
+            with suppress(OSError):
+                os.unlink(unready_journal_of(self.path))
         if not os.path.lexists(journal_of(self.path)):
             return None
         with Journal(self.path) as journal:
@@ -214,6 +221,18 @@ class _Target:
             seconds=time.perf_counter() - begun,
         )
         return report, facts
+
+    def others(self, facts: Facts, before: str) -> Others:
+        """What becomes of other differences to the base, whose sampled blocks had the digest ``before``."""
+        if facts.size != facts.size_before:  # by whole sectors, or it would have stayed
+            return "refused"
+        if not facts.written_bytes + facts.zeroed_bytes:
+            return "fit"
+        written = FileBase(self.path)
+        try:
+            return "unnoticed" if sampled_digest(written, written.size) == before else "refused"
+        finally:
+            written.release()
 
     def reserve(self, extent: Extent, size: int) -> None:
         """See that there is room for data, also where the base has a hole; what it reads as stays the same.

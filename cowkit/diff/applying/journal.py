@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import BinaryIO, NamedTuple
 
-from cowkit.bases.unfinished import journal_of
+from cowkit.bases.unfinished import journal_of, unready_journal_of
 from cowkit.disk.extent import Extent, Kind
 from cowkit.errors import OutputError
 
@@ -63,7 +63,7 @@ class JournalWriter:
 
     def __init__(self, path: str, facts: Facts) -> None:
         self._path = journal_of(path)
-        self._new = self._path + ".new"
+        self._new = unready_journal_of(path)
         self._digest = hashlib.sha256()
         try:
             # What a killed one left is written over: whoever comes here has the base's lock.

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from cowkit.disk.sizes import format_size
 
 SCHEMA = 1
 """The version of what :meth:`ApplyReport.to_json` returns; new keys do not change it."""
+
+
+Others = Literal["fit", "refused", "unnoticed"]
+"""What becomes of other differences to a base that was written to: they fit as before, since nothing was to be written; they
+are refused; or only those are that were written with ``hash="full"``, since no block that is sampled has changed."""
 
 
 class ApplyReport(NamedTuple):
@@ -29,6 +34,8 @@ class ApplyReport(NamedTuple):
     recognised: bool
     """Whether the base is known by the identity that the difference records."""
     seconds: float
+    others: Others | None = None
+    """In place: what becomes of differences to the base as it was; None where that is not known."""
 
     def to_json(self) -> dict[str, object]:
         """The same as JSON has it; ``schema`` is the version of its form."""
@@ -43,6 +50,12 @@ class ApplyReport(NamedTuple):
         if not self.in_place:
             return f"{self.target}: a copy of the base with {self.path} in it, {held}, {format_size(self.size)} in all"
         return (
-            f"{self.target}: {self.path} is in it now, {held}\n"
-            f"  it is another base now: {self.path}, and every other difference to it as it was, does not fit it any more"
+            f"{self.target}: {self.path} is in it now, {held}"
+            + {
+                "fit": "\n  nothing was to be written: it is the base that it was",
+                "refused": "\n  it is another base now: differences to it as it was are refused from now on",
+                "unnoticed": "\n  it is another base now, and no block that is sampled tells it from the old one: differences to it as it "
+                "was do not fit it any more, but only those that were written with --hash full are refused",
+                None: "",
+            }[self.others]
         )

@@ -52,7 +52,13 @@ class CreationOptions:
         """
         result: Json = {}
         for key, value in options.items():
-            self._put(result, self._variants[format], str(key).replace("_", "-").split("."), value, f"{format}: {key}")
+            self._put(
+                result,
+                self._variants[format],
+                str(key).replace("_", "-").split("."),
+                value,
+                f"{key!r} of the format {format}",
+            )
         return result
 
     def _put(self, into: Json, kind: str, names: list[str], value: str | int | bool, what: str) -> None:
@@ -89,7 +95,9 @@ class CreationOptions:
                 return word
             case "string":
                 return word
-        raise UsageError(f"the image option {what} takes no value of its own: give its parts, as {what}.NAME")
+        raise UsageError(
+            f"the image option {what} takes no value of its own: give its parts, each with a dot and its name behind that"
+        )
 
     def _members(self, kind: str) -> dict[str, str]:
         """The name and type of each member of an object, those of all its variants included; none if it is no object."""

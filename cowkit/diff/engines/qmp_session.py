@@ -14,13 +14,13 @@ from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from cowkit.errors import MissingToolError, ToolError
+from cowkit.errors import MissingToolError, ToolError, with_pip
 
 try:
     from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
 except ImportError as error:
     raise MissingToolError(
-        "the Python package qemu.qmp", purpose="the engine qmp", remedy="pip install qemu.qmp"
+        "the Python package qemu.qmp", purpose="the engine qmp", remedy=with_pip("qemu.qmp")
     ) from error
 
 TICK_SECONDS = 0.2

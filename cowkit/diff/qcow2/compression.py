@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
-from cowkit.errors import MissingToolError
+from cowkit.errors import MissingToolError, with_pip
 
 _WINDOW_BITS = -12
 """Raw deflate with a window of 4 KiB, which is all that QEMU's reader keeps ("Compressed Clusters Descriptor")."""
@@ -59,6 +59,4 @@ def _zstd() -> Any:
     try:
         return importlib.import_module("backports.zstd")
     except ImportError as error:
-        raise MissingToolError(
-            "backports.zstd", purpose=_NEEDS_BACKPORT, remedy="pip install 'cowkit[compressed]'"
-        ) from error
+        raise MissingToolError("backports.zstd", purpose=_NEEDS_BACKPORT, remedy=with_pip("backports.zstd")) from error

@@ -114,6 +114,11 @@ def read_head(path: str, fd: int) -> Head:
     if len(raw) < HEADER.size:
         raise bad(f"it ends within its header, after {len(raw)} bytes")
     header = Header._make(HEADER.unpack_from(raw))
+    if header.version == 2:
+        raise ImageError(
+            f"image {path} is of qcow2 version 2, and cowkit reads version {VERSION}: `qemu-img amend -f qcow2 -o compat=1.1 {path}` "
+            "makes it one"
+        )
     if header.version != VERSION:
         raise bad(f"it has version {header.version}, and cowkit reads version {VERSION}")
     for bit in range(64):
@@ -125,7 +130,10 @@ def read_head(path: str, fd: int) -> Head:
     if not _LEAST_CLUSTER_BITS <= header.cluster_bits <= MOST_CLUSTER_BITS:
         raise bad(f"it has clusters of 2**{header.cluster_bits} bytes")
     if header.crypt_method:
-        raise bad(f"it is encrypted (method {header.crypt_method})")
+        raise ImageError(
+            f"image {path} is encrypted, and cowkit reads no encrypted images: use QEMU's programs, or write it to one that is not "
+            "encrypted with `qemu-img convert` and its secret"
+        )
     if header.nb_snapshots or header.snapshots_offset:
         raise bad(f"it has {header.nb_snapshots} internal snapshots, at byte {header.snapshots_offset}")
     if header.refcount_order > 6:

@@ -108,6 +108,17 @@ def test_what_cannot_be_mounted_is_a_problem_in_one_line(guestfish: Path) -> Non
     assert list((guestfish / "scratch").iterdir()) == []
 
 
+def test_a_virtual_machine_that_does_not_start_is_told_with_what_helps(guestfish: Path) -> None:
+    (guestfish / "bin" / "guestfish").write_text(
+        "#!/bin/sh\ncat >/dev/null\nprintf 'libguestfs: error: guestfs_launch failed.\nThis usually means\n' >&2\nexit 1\n"
+    )
+    with CowDisk(size=MIB) as disk:
+        disk.pwrite(XFS, 0)
+        (found,) = files(disk)
+    assert found.problem is not None
+    assert "set LIBGUESTFS_BACKEND_SETTINGS=force_tcg" in found.problem
+
+
 def test_without_guestfish_one_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cowkit.diff.answers.files.tools.shutil.which", lambda *_, **__: None)
     with CowDisk(size=MIB) as disk:

@@ -98,13 +98,16 @@ def test_what_it_has_is_asked_by_name(options: CreationOptions) -> None:
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        ({"colour": "red"}, "there is no image option new: colour: QEMU has eager, "),
-        ({"encrypt.colour": "red"}, "there is no image option new: encrypt.colour: QEMU has format, iter-time"),
+        ({"colour": "red"}, "there is no image option 'colour' of the format new: QEMU has eager, "),
+        (
+            {"encrypt.colour": "red"},
+            "there is no image option 'encrypt.colour' of the format new: QEMU has format, iter-time",
+        ),
         ({"hwversion.x": "1"}, "there is no image option"),
         ({"encrypt": "a"}, "takes no value of its own"),
         ({"new-enum": "a"}, "is none of c, d: 'a'"),
         ({"eager": "2"}, "is on or off, not '2'"),
-        ({"eager": "on", "Eager": "on"}, "there is no image option new: Eager"),
+        ({"eager": "on", "Eager": "on"}, "there is no image option 'Eager' of the format new"),
         ({"grain-size": 1, "grain_size": 2}, "is given twice"),
         ({"": "1"}, "there is no image option"),
     ],

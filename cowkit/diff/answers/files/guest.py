@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import subprocess
 import tarfile
 import tempfile
@@ -23,6 +24,11 @@ from cowkit.diff.answers.files.tools import need
 from cowkit.errors import ToolFailedError
 
 _PIECE = 1 << 20
+_NOT_STARTED = re.compile(r"guestfs_launch|appliance", re.IGNORECASE)
+_WITHOUT_KVM = (
+    "its virtual machine does not start: where /dev/kvm does not work, set LIBGUESTFS_BACKEND_SETTINGS=force_tcg for the process "
+    "that serves the disk; libguestfs-test-tool tells more"
+)
 _ATTRIBUTE = "SCHILY.xattr."
 
 _TYPES = {
@@ -145,7 +151,8 @@ def _trees(program: str, images: Sequence[str], check: Callable[[], None]) -> li
             errors.seek(0)
             said = errors.read().decode(errors="replace")
             first = next((line for line in said.splitlines() if "error:" in line), said)
-            raise ToolFailedError(["guestfish", "--ro"], status or 1, f"{first} (libguestfs-test-tool tells more)")
+            hint = _WITHOUT_KVM if _NOT_STARTED.search(said) else "libguestfs-test-tool tells more"
+            raise ToolFailedError(["guestfish", "--ro"], status or 1, f"{first} ({hint})")
         return found
 
 

@@ -34,7 +34,7 @@ class CowDiskMixin(_TestCase):
     """Gives each test of a ``unittest.TestCase`` a disk of its own, :attr:`cow_disk`, made at its first use and closed at the end."""
 
     cow_base: ClassVar[str | os.PathLike[str] | None] = None
-    """What the disk is of: a path, an NBD URI, or None for a blank disk."""
+    """What the disk is of: a path (a relative one is relative to the current directory), an NBD URI, or None for a blank disk."""
     cow_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     """The other options of :class:`cowkit.CowDisk`; a blank disk has 64 MiB unless its ``size`` is here."""
 

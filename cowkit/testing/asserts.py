@@ -16,6 +16,7 @@ from cowkit.testing.contents import (
     HostedContent,
     PaddedContent,
     open_base_of,
+    open_checkpoint_of,
     open_content,
     what_may_differ,
 )
@@ -53,7 +54,7 @@ def assert_unchanged(
     :param ranges: only in these; in all of it unless given.
     :param since: as it was at this checkpoint, instead.
     :raises AssertionError: something changed; it says where, in which structure of the disk, and shows the bytes.
-    :raises UsageError: it is no disk of cowkit's, a range is not within it, or ``since`` of a disk with ``server="process"``.
+    :raises UsageError: it is no disk of cowkit's, or a range is not within it.
     :raises CheckpointError: the disk has no such checkpoint.
     """
     __tracebackhide__ = True
@@ -64,16 +65,18 @@ def assert_unchanged(
             actual, expected = _entered(open_content(disk), opened), _entered(open_base_of(disk), opened)
             name = "its base"
         else:
-            if disk._hosted is not None:
-                raise UsageError("since= needs a disk with server='thread': another process has this one's checkpoints")
-            earlier, later = disk.engine.freeze_both(since)
             point = since if isinstance(since, str) else since.name
             name = f"checkpoint {point!r}"
-            expected = _entered(ViewBase(earlier, name), opened)
-            actual = _entered(ViewBase(later, disk.name), opened)
+            if disk._hosted is not None:
+                expected = _entered(open_checkpoint_of(disk, since, opened), opened)
+                actual = _entered(open_content(disk), opened)
+            else:
+                earlier, later = disk.engine.freeze_both(since)
+                expected = _entered(ViewBase(earlier, name), opened)
+                actual = _entered(ViewBase(later, disk.name), opened)
         written = None
         if isinstance(actual, HostedContent):
-            written = [(each.offset, each.end) for each in actual.dirty_extents()]
+            written = [(each.offset, each.end) for each in disk.dirty_extents(since=since)]
         message = _compare(actual, PaddedContent(expected, disk.size), ranges, disk.name, name, written)
     if message is not None:
         raise AssertionError(message)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
+from tempfile import TemporaryDirectory
 from typing import TypeAlias
 
 from cowkit.cow_disk import CowDisk
-from cowkit.disk import Base, Extent, Kind, ZeroBase
+from cowkit.disk import Base, Checkpoint, Extent, Kind, ZeroBase
 from cowkit.disk.base import FileBase
 from cowkit.disk.view_base import ViewBase
 from cowkit.errors import DiskClosedError, UsageError
@@ -152,6 +154,40 @@ def open_base_of(disk: CowDisk) -> Base:
     return open_base(
         disk.base, format=opened.base_format, offset=opened.offset, partition=opened.partition, tmpdir=opened.tmpdir
     )
+
+
+def open_checkpoint_of(disk: CowDisk, point: Checkpoint | str, kept: ExitStack) -> Base:
+    """What a disk in a process of its own was at a checkpoint; release it when done, before ``kept`` ends.
+
+    The other process writes the difference of then to a temporary file, which is put on top of the base here.
+
+    :raises CheckpointError: the disk has no such checkpoint.
+    :raises CowkitError: the difference cannot be written, or the base cannot be opened.
+    """
+    base, opened = disk.base, disk.opened_as
+    folder = kept.enter_context(TemporaryDirectory(prefix="cowkit-", dir=opened.tmpdir))
+    path = os.path.join(folder, "then.qcow2")
+    whole = os.path.abspath(base) if base is not None and os.path.exists(base) else base
+    try:
+        disk.diff(path, at=point, backing_file=whole)
+    except UsageError:
+        if whole is None:
+            raise
+        # No image can stand on this base (it is compressed, or a part of a file): nobody but this process has to understand it.
+        disk.diff(path, at=point, backing_file=f"{whole}.raw", backing_format="raw", hash="full")
+    then = kept.enter_context(
+        CowDisk(
+            base,
+            size=disk.size if base is None or opened.size is not None or opened.round != "exact" else None,
+            block_size=disk.block_size,
+            base_format=opened.base_format,
+            offset=opened.offset,
+            partition=opened.partition,
+            tmpdir=opened.tmpdir,
+            overlay=path,
+        )
+    )
+    return open_content(then)
 
 
 def what_may_differ(one: Base, other: Base) -> Iterator[tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -114,8 +115,9 @@ def test_only_the_ranges_asked_for_are_compared(image: Path, server: Any) -> Non
             assert_unchanged(disk, [5])  # type: ignore[list-item]
 
 
-def test_since_a_checkpoint(image: Path) -> None:
-    with CowDisk(image) as disk:
+@SERVERS
+def test_since_a_checkpoint(image: Path, server: Any) -> None:
+    with CowDisk(image, server=server) as disk:
         disk.pwrite(b"before", 0)
         point = disk.checkpoint("installed")
         assert_unchanged(disk, since=point)
@@ -125,6 +127,34 @@ def test_since_a_checkpoint(image: Path) -> None:
             assert_unchanged(disk, since=point)
         with pytest.raises(CheckpointError):
             assert_unchanged(disk, since="none")
+
+
+@SERVERS
+@pytest.mark.parametrize("kind", ["blank", "window", "larger", "relative", "compressed"])
+def test_since_a_checkpoint_of_any_disk(
+    image: Path, server: Any, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(image.parent)
+    (tmp_path / "z.img.gz").write_bytes(gzip.compress(image.read_bytes()))
+    options: dict[str, dict[str, Any]] = {
+        "blank": {"size": 130_000},
+        "window": {"base": image, "offset": 4096},
+        "larger": {"base": image, "size": "2M", "block_size": 8192},
+        "relative": {"base": image.name},
+        "compressed": {"base": tmp_path / "z.img.gz"},
+    }
+    with CowDisk(server=server, **options[kind]) as disk:
+        disk.pwrite(b"before", 5000)
+        disk.zero(512, 100_000)
+        point = disk.checkpoint()
+        disk.pwrite(b"before", 5000)
+        disk.pwrite(bytes(512), 100_000)
+        assert_unchanged(disk, since=point)
+        disk.pwrite(b"behind", disk.size - 6)
+        disk.pwrite(b"x", 5001)
+        with pytest.raises(AssertionError, match=r"7 bytes differ in 2 extents") as caught:
+            assert_unchanged(disk, since=point)
+        assert "1 at byte 5001" in str(caught.value)
 
 
 @SERVERS

@@ -106,14 +106,16 @@ def image_options(arguments: argparse.Namespace) -> ImageOptions:
 
 def note_names(output: str, backing: str | None, arguments: argparse.Namespace) -> None:
     """Say on standard error what of an image that was written may not be what its names say."""
-    from cowkit.bases.formats import format_of_name
-    from cowkit.bases.opening import is_uri
     from cowkit.cli.main import note
 
-    claimed = _RAW_NAMES.get(os.path.splitext(output)[1].lower()) or format_of_name(output)
-    if claimed not in (None, "qcow2") and arguments.image_format is None and not arguments.raw:
-        note(f"{output} is a qcow2 image, whatever its name says (-O {claimed} writes another)")
-    if backing is None or is_uri(backing):
+    extension = os.path.splitext(output)[1].lower()
+    if extension not in ("", ".qcow2") and arguments.image_format is None and not arguments.raw:
+        from cowkit.bases.formats import format_of_name  # 16 ms, which the usual names do without
+
+        claimed = _RAW_NAMES.get(extension) or format_of_name(output)
+        if claimed not in (None, "qcow2"):
+            note(f"{output} is a qcow2 image, whatever its name says (-O {claimed} writes another)")
+    if backing is None or "://" in backing:
         return
     folder = os.path.dirname(os.path.realpath(output))
     if not os.path.exists(os.path.join(folder, backing)):

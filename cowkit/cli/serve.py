@@ -121,7 +121,7 @@ def _serve(arguments: argparse.Namespace) -> None:
             print(serving.uris[0], flush=True)
         if ready is not None:
             ready.tell(serving.uris[0])
-        import cowkit.diff  # noqa: F401 - now that clients can connect: the first difference need not wait for it
+        import cowkit.keeping.live  # noqa: F401 - now that clients can connect: the first difference need not wait for it
 
         if not quiet and sys.stderr is not None and sys.stderr.isatty():
             _wait_and_draw(serving)

@@ -20,15 +20,10 @@ from types import TracebackType
 from typing import Self
 
 from cowkit.diff.bulk_writer import BulkWriter
+from cowkit.disk.files import NO_DISK
 from cowkit.errors import OutputError
 
-_REFUSED = {
-    stat.S_IFDIR: "a directory",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFIFO: "a pipe",
-    stat.S_IFCHR: "a character device",
-    stat.S_IFBLK: "a block device",
-}
+_REFUSED = {**NO_DISK, stat.S_IFBLK: "a block device"}
 
 
 class AtomicOutput:

@@ -12,10 +12,9 @@ UNCHANGED = _SHADES[0]
 ZEROED = "0"
 IDENTICAL = "="
 
-LEGEND = (
-    f"{UNCHANGED} unchanged   {_SHADES[1]} to {_SHADES[-1]} a little to all of it changed   "
-    f"{ZEROED} reads as zeroes now   {IDENTICAL} written, and the same as before"
-)
+CHANGED_LEGEND = f"{UNCHANGED} unchanged   {_SHADES[1]} to {_SHADES[-1]} a little to all of it changed   {ZEROED} reads as zeroes now"
+"""What a strip means that was made without what is dirty."""
+LEGEND = f"{CHANGED_LEGEND}   {IDENTICAL} written, and the same as before"
 
 
 class Cell(NamedTuple):

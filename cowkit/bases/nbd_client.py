@@ -117,7 +117,8 @@ class NbdClient:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise BaseOpenError(
-                        f"cannot open base {self.given}: the server does not answer within {seconds:g} seconds"
+                        f"cannot open base {self.given}: the server does not answer within {seconds:g} seconds: see whether it is an "
+                        "NBD server, and not stuck"
                     )
                 handle.poll(int(left * 1000) + 1)
         except self._nbd.Error as error:

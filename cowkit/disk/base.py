@@ -14,7 +14,15 @@ from typing import NamedTuple
 
 from cowkit.disk.counted import Counted
 from cowkit.disk.extent import Extent, Kind
-from cowkit.disk.files import NO_DISK, ShortReadError, data_and_holes, map_for_reading, on_tmpfs, pread_whole
+from cowkit.disk.files import (
+    NO_DISK,
+    ShortReadError,
+    data_and_holes,
+    is_made_up,
+    map_for_reading,
+    on_tmpfs,
+    pread_whole,
+)
 from cowkit.disk.sizes import parse_size
 from cowkit.disk.source import ZeroSource
 from cowkit.errors import BaseChangedError, BaseError, BaseOpenError, UsageError
@@ -158,6 +166,8 @@ class FileBase(Base):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__()
         self.given: str = os.fspath(path)
+        if not self.given:
+            raise BaseOpenError("the path of the base is empty: give a file or a block device")
         self.path: str = _absolute(self.given)
         try:
             # Look before opening: opening a pipe waits for a writer, opening a device may do something.
@@ -176,10 +186,18 @@ class FileBase(Base):
         try:
             self.identity = self._identify(fd)
             status = os.fstat(fd)
+            if is_made_up(fd, status):
+                raise BaseOpenError(
+                    f"base {self.given} is no file on a disk but something that the kernel tells (proc, sysfs): give a raw image "
+                    "file or a block device"
+                )
             self.sparse = stat.S_ISREG(status.st_mode) and status.st_blocks * 512 < status.st_size
         except OSError as error:
             os.close(fd)
             raise BaseOpenError(f"cannot open base {self.given}: {error.strerror}") from error
+        except BaseOpenError:
+            os.close(fd)
+            raise
         self._fd = fd
         self.size = self.identity.size
         self._view: memoryview | None = None

@@ -7,6 +7,7 @@ import mmap
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 
 from cowkit.disk.extent import Extent, Kind
 from cowkit.errors import UsageError
@@ -90,8 +91,25 @@ def data_and_holes(fd: int, offset: int, end: int) -> Iterator[Extent]:
         offset = hole
 
 
+def is_made_up(fd: int, status: os.stat_result) -> bool:
+    """Whether the file is one of ``/proc`` or ``/sys``: made up by the kernel while it is read, of no length or a false one."""
+    if not stat.S_ISREG(status.st_mode) or status.st_blocks:
+        return False
+    for root in ("/proc", "/sys"):
+        with suppress(OSError):
+            # Where nothing is mounted there, it is a folder of the file system that all else is on.
+            if os.stat(root).st_dev == status.st_dev and _type_of_file_system(fd) in ("proc", "sysfs"):
+                return True
+    return False
+
+
 def on_tmpfs(fd: int) -> bool:
-    """Whether the file lies on a tmpfs (proc(5): fields 3 and, behind the dash, 1 of ``mountinfo``)."""
+    """Whether the file lies on a tmpfs."""
+    return _type_of_file_system(fd) == "tmpfs"
+
+
+def _type_of_file_system(fd: int) -> str | None:
+    """What the file lies on (proc(5): fields 3 and, behind the dash, 1 of ``mountinfo``); None where that is not to be found."""
     device = os.fstat(fd).st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"
     try:
@@ -99,7 +117,7 @@ def on_tmpfs(fd: int) -> bool:
             for line in mounts:
                 before, _, behind = line.partition(" - ")
                 if before.split(" ", 3)[2] == wanted:
-                    return behind.split(" ", 1)[0] == "tmpfs"
+                    return behind.split(" ", 1)[0]
     except OSError:
         pass
-    return False
+    return None

@@ -113,7 +113,9 @@ def test_what_a_sparse_base_has_lost_is_not_taken_for_a_hole(tmp_path: Path) -> 
         disk.close()
 
 
-@pytest.mark.parametrize("kind", ["missing", "directory", "pipe", "socket", "device", "nul", "unreadable"])
+@pytest.mark.parametrize(
+    "kind", ["missing", "directory", "pipe", "socket", "device", "nul", "unreadable", "proc", "empty"]
+)
 def test_what_cannot_be_a_base_is_refused_with_its_reason(tmp_path: Path, kind: str) -> None:
     import socket
 
@@ -134,6 +136,11 @@ def test_what_cannot_be_a_base_is_refused_with_its_reason(tmp_path: Path, kind: 
     elif kind == "device":
         path = Path("/dev/null")
         wanted = "is a character device"
+    elif kind == "proc":
+        path = Path("/proc/self/mem")
+        wanted = "is no file on a disk but something that the kernel tells"
+    elif kind == "empty":
+        wanted = "the path of the base is empty"
     elif kind == "nul":
         path = tmp_path / "a\0b"
     elif kind == "unreadable":
@@ -142,7 +149,7 @@ def test_what_cannot_be_a_base_is_refused_with_its_reason(tmp_path: Path, kind: 
         if os.access(path, os.R_OK):
             pytest.skip("root reads whatever it likes")
     with pytest.raises(BaseOpenError, match=wanted):
-        FileBase(path)
+        FileBase("" if kind == "empty" else path)
     if kind == "socket":
         path.unlink()
 

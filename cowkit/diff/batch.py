@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from cowkit.disk.extent import Kind
@@ -28,6 +28,9 @@ class Run(NamedTuple):
 
 _MOST_PARTS = 800
 """Parts of a gathered write, about; the system takes 1,024 (IOV_MAX)."""
+
+_FIRST_PARTS = 64
+"""Those of the first one: the sooner it is handed over, the sooner somebody writes."""
 
 
 class Batch(NamedTuple):
@@ -70,6 +73,7 @@ class Gathering:
         self._cluster = cluster_size
         self._in_parts = in_parts
         self._parts: list[memoryview] = []
+        self._most_parts = _FIRST_PARTS
         size = max(_MEMORY, cluster_size)
         self._memory, self._other_memory = _pages(size), _pages(size)
         self._filled = 0
@@ -86,7 +90,7 @@ class Gathering:
         return (
             len(self._memory) - self._filled < self._cluster
             or len(self._runs) >= _MOST_RUNS
-            or len(self._parts) >= _MOST_PARTS
+            or len(self._parts) >= self._most_parts
         )
 
     def __bool__(self) -> bool:
@@ -104,7 +108,7 @@ class Gathering:
             self._filled += length
         self._run(offset, length, kind)
 
-    def add_parts(self, offset: int, length: int, parts: list[memoryview], used: int) -> None:
+    def add_parts(self, offset: int, length: int, parts: Sequence[memoryview], used: int) -> None:
         """One run of ``DATA`` more, whose content is ``parts``, ``used`` bytes of them in the memory behind the content."""
         self._filled += used
         self._parts += parts
@@ -122,7 +126,7 @@ class Gathering:
     def take(self) -> Batch:
         """The batch so far; the next one begins."""
         batch = Batch(self._runs, self._memory[: self._filled], self._parts if self._in_parts else None)
-        self._runs, self._parts, self._filled = [], [], 0
+        self._runs, self._parts, self._filled, self._most_parts = [], [], 0, _MOST_PARTS
         self._memory, self._other_memory = self._other_memory, self._memory
         return batch
 

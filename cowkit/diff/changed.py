@@ -131,6 +131,7 @@ class Changes:
         self._map = BaseMap(view)
         self._batch = Gathering(cluster_size, in_parts=in_parts)
         self._mapped = view.base.view if in_parts else None
+        self._sparse = view.base.sparse
         self._aside = bytearray(self._piece)  # what the batch's content is compared with
         self._aside_view = memoryview(self._aside)
         self._zeroes = bytes(self._piece)
@@ -178,6 +179,8 @@ class Changes:
     # Each of these deals with one stretch; of what there is more than a cluster, a batch is handed out before it overflows.
 
     def _dirty_in_part(self, start: int, pieces: list[Extent]) -> None:
+        if self._mapped is not None and len(pieces) == 1 and self._one_piece(start, pieces[0], self._mapped):
+            return
         cluster, aside = self._cluster, self._aside
         forced = start == self._forced
         inside = cluster if start + cluster <= self._view.size else self._view.size - start
@@ -211,6 +214,32 @@ class Changes:
             self._advance(size)
         if changed:
             self._batch.add(start, cluster, Kind.ZERO if self._zeroes.startswith(content) else Kind.DATA)
+
+    def _one_piece(self, start: int, piece: Extent, mapped: memoryview) -> bool:
+        """:meth:`_in_parts` of what differences mostly consist of: small writes here and there, a block or less of a cluster each."""
+        offset, size, kind = piece
+        cluster = self._cluster
+        end = start + cluster
+        if kind is not Kind.DATA or size > self._unit or end > len(mapped) or start == self._forced:
+            return False
+        if self._sparse and self._map.is_hole(start, cluster):
+            return False
+        batch, view, tally, aside = self._batch, self._view, self.tally, self._aside
+        new = batch.space(size)
+        view.read_into(new, offset)
+        if self._zeroes.startswith(new):
+            return False
+        view.read_base_into(self._aside_view[:size], offset)
+        if aside.startswith(new):
+            tally.bytes_read += size + size
+        else:
+            tally.mark(offset, size, Kind.DATA)
+            tally.bytes_read += cluster + size
+            batch.add_parts(start, cluster, (mapped[start:offset], new, mapped[offset + size : end]), size)
+        self._done += size
+        if self._progress is not None and (self._done - self._told) * _STEPS >= self._total:
+            self._advance(0)
+        return True
 
     def _in_parts(self, start: int, pieces: list[Extent], mapped: memoryview) -> bool:
         """The same, without reading of the base what is not dirty; False, and nothing done, where it must be looked at."""

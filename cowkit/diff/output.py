@@ -114,6 +114,10 @@ class AtomicOutput:
 
         :raises OutputError: there is no room, or the system fails to write.
         """
+        if self._mode is not None:
+            # A file that has a single block to be allocated yet is written to the disk as a whole by the rename that has it
+            # replace another one (ext4, auto_da_alloc): of 62 MiB, that took 30 to 80 ms.
+            self._bulk.allocate(len(data), offset)
         self._write_all([memoryview(data)], offset)
         self.bytes_written += len(data)
 
@@ -209,7 +213,7 @@ class AtomicOutput:
                 continue
             # Another writer that removes stale files may have been faster with the lock: then the file is as good as gone.
             if _lock(self._fd) is not False and os.fstat(self._fd).st_nlink:
-                self._bulk.path = self._temporary
+                self._bulk.path, self._bulk.fd = self._temporary, self._fd
                 return
             self._discard()
 

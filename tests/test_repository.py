@@ -5,14 +5,25 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import sysconfig
 import tomllib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["scripts/bench", "scripts/compare-diff", "scripts/cowkit", "scripts/lib", "scripts/test", ".ci/run"]
-UNTRACKED = {".git", ".venv", "__pycache__", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis"}
+SCRIPTS = [
+    "scripts/bench",
+    "scripts/campaigns",
+    "scripts/compare-diff",
+    "scripts/cowkit",
+    "scripts/fixture-speed",
+    "scripts/lib",
+    "scripts/test",
+    "scripts/versions",
+    ".ci/run",
+]
+UNTRACKED = {".git", ".venv", ".venvs", "__pycache__", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis"}
 # Where somebody's files lie: such a path works on one machine. (/dev, /mnt, /tmp, /usr and the like are everybody's.)
 PERSONAL_PATH = re.compile(r"(?<![\w./~$}>])/(?:home|root|Users|work|opt|srv)/[\w.-]+")
 
@@ -67,6 +78,43 @@ def test_every_dependency_has_a_lower_bound() -> None:
     # One extra may stand for another of this project, and a package may be for some versions of Python only.
     others = [one.partition(";")[0] for one in wanted if not one.startswith("cowkit[")]
     assert [one for one in others if not re.fullmatch(r"[\w.-]+>=[\d.]+", one)] == []
+
+
+def test_the_script_of_versions_has_the_bounds_of_the_project() -> None:
+    script = (ROOT / "scripts" / "versions").read_text()
+    test = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["test"]
+    assert set(re.findall(r"'(\w+>=[\d.]+)'", script)) - {"uv>=0.5"} <= set(test)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--none"], "versions: there is no option --none: see versions --help; what is for pytest goes behind --"),
+        (["--oldest", "--free-threaded"], "versions: --oldest and --free-threaded are two runs: give one of them"),
+        (["--python"], "versions: --python takes a path or the name of a program"),
+        (["--python", "/bin/sh"], "versions: /bin/sh is no Python 3.11 or newer that runs"),
+    ],
+)
+def test_what_makes_no_sense_to_the_script_of_versions_is_refused_in_a_line(
+    arguments: list[str], said: str, tmp_path: Path
+) -> None:
+    shown = subprocess.run(
+        [ROOT / "scripts" / "versions", *arguments], cwd=tmp_path, check=False, capture_output=True, text=True
+    )
+    assert (shown.returncode, shown.stdout, shown.stderr) == (2, "", f"{said}\n")
+
+
+def test_a_python_with_the_lock_is_not_taken_for_a_free_threaded_one() -> None:
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        pytest.skip("this Python is free-threaded")
+    shown = subprocess.run(
+        [ROOT / "scripts" / "versions", "--free-threaded", "--python", sys.executable],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert shown.returncode == 2
+    assert re.fullmatch(r"versions: \S+ is not free-threaded\n", shown.stderr)
 
 
 def test_the_package_is_marked_as_typed() -> None:

@@ -1,7 +1,5 @@
 """`python -m cowkit`: the `cowkit` command."""
 
-import sys
+from cowkit.cli.main import command
 
-from cowkit.cli.main import main
-
-sys.exit(main())
+command()

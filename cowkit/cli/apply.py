@@ -7,7 +7,7 @@ import json
 import os
 import sys
 
-from cowkit.cli.arguments import file_argument
+from cowkit.cli.file_argument import file_argument
 from cowkit.cli.main import note
 from cowkit.cli.progress import Bar
 from cowkit.cli.verify import add_base_arguments, unrecognised

@@ -53,9 +53,6 @@ COMMANDS = {
 WRAPPERS = frozenset({"run"})
 """Those that run another command, which stands behind ``--``."""
 
-FILE = "cowkit_completes_files"
-"""The attribute of an argument which says that file names complete it."""
-
 _DESCRIPTION = (
     "Gives tests a writable disk that they may wreck: a copy-on-write view of a read-only base, served over NBD. What is "
     "written is thrown away at the end, unless it is kept as a qcow2 difference."
@@ -184,8 +181,3 @@ def _suggestion(word: str) -> str:
 
     close = get_close_matches(word, COMMANDS, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def file_argument(action: argparse.Action) -> None:
-    """Have file names complete ``action``."""
-    setattr(action, FILE, True)

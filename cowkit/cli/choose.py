@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import stat
 
-from cowkit.cli.arguments import file_argument
+from cowkit.cli.file_argument import file_argument
 from cowkit.errors import ControlError, UsageError
 from cowkit.server.control_client import ControlClient
 from cowkit.server.runtime import ServerInfo, identity_of, running
+
+TYPE_CHECKING = False  # as typing has it, which takes long to import
+if TYPE_CHECKING:
+    import argparse
 
 _ANY = "what is being served"
 

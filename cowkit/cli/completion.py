@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from cowkit.cli.arguments import FILE, whole_parser
+from cowkit.cli.arguments import whole_parser
+from cowkit.cli.file_argument import COMPLETES_FILES
 from cowkit.errors import MissingToolError, with_pip
 
 DESCRIPTION = "Print shell code that makes the shell complete cowkit's commands, options and file names."
@@ -34,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _complete_files(parser: argparse.ArgumentParser, how: object) -> None:
     for action in parser._actions:
-        if hasattr(action, FILE):
+        if hasattr(action, COMPLETES_FILES):
             action.complete = how  # type: ignore[attr-defined]
         if isinstance(action, argparse._SubParsersAction):
             for command in action.choices.values():

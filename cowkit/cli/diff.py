@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 
 from cowkit.cli import foreign
 from cowkit.cli.answers import add_answer_arguments, as_json, check_picture, is_asked, show
-from cowkit.cli.arguments import file_argument
 from cowkit.cli.choose import add_choice, choose
+from cowkit.cli.file_argument import file_argument
 from cowkit.cli.image_arguments import add_image_arguments, as_members, asked_kind, note_names, option_of
 from cowkit.cli.progress import Bar
 from cowkit.errors import UsageError
@@ -16,6 +15,7 @@ from cowkit.server.control_client import ControlClient
 
 TYPE_CHECKING = False  # as typing has it, which takes long to import
 if TYPE_CHECKING:
+    import argparse
     from typing import Any
 
 DESCRIPTION = (

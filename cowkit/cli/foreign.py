@@ -6,7 +6,6 @@ keeps all that changed, as of one moment, in a file that has lost its name by th
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import stat
@@ -19,6 +18,7 @@ from cowkit.server.control_client import ControlClient
 
 TYPE_CHECKING = False  # as typing has it, which takes long to import
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Callable
     from typing import TypeVar
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 
-from cowkit.cli.arguments import file_argument
+from cowkit.cli.file_argument import file_argument
 from cowkit.errors import UsageError
 
 TYPE_CHECKING = False  # as typing has it, which takes long to import
 if TYPE_CHECKING:
+    import argparse
     from typing import Any
 
     from cowkit.diff import ImageOptions

@@ -7,8 +7,8 @@ import os
 
 from cowkit.cli import foreign
 from cowkit.cli.answers import add_svg_argument, as_json, check_picture, draw_map, write_picture
-from cowkit.cli.arguments import file_argument
 from cowkit.cli.choose import add_choice, choose
+from cowkit.cli.file_argument import file_argument
 from cowkit.cli.progress import Bar
 from cowkit.errors import UsageError
 from cowkit.server.control_client import ControlClient

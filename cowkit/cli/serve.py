@@ -9,7 +9,7 @@ import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from cowkit.cli.arguments import file_argument
+from cowkit.cli.file_argument import file_argument
 from cowkit.cli.lives import Ending, Opening, PidFile, ReadyLine
 from cowkit.cli.main import note
 from cowkit.cli.serving import Serving, add_disk_arguments

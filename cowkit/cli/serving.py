@@ -12,8 +12,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 import cowkit
-from cowkit.cli.arguments import file_argument
 from cowkit.cli.control_commands import DiskCommands
+from cowkit.cli.file_argument import file_argument
 from cowkit.cli.shares import shared_commands
 from cowkit.cow_disk import CowDisk
 from cowkit.disk.sizes import format_size

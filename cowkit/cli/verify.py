@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from cowkit.cli.arguments import file_argument
+from cowkit.cli.file_argument import file_argument
 from cowkit.cli.main import note
 from cowkit.cli.progress import Bar
 

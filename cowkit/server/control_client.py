@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-import socket
+from _socket import AF_UNIX, SOCK_STREAM, socket  # without what the module socket adds, which takes 4 ms
 
 from cowkit.errors import ControlError
 
@@ -35,7 +35,7 @@ class ControlClient:
     def __init__(self, path: str | os.PathLike[str], *, timeout: float = 5) -> None:
         self.path = os.fspath(path)
         self._received = bytearray()
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket = socket(AF_UNIX, SOCK_STREAM)
         try:
             self._socket.settimeout(timeout)
             self._negotiate()

@@ -85,7 +85,7 @@ def write_diff(
     view.base.verify_path()
     spared = [*_spared(view.base, path, backing_file), *spare]
     if options.secret_file is not None:
-        spared.append(os.fspath(options.secret_file))
+        spared.append(os.fsdecode(options.secret_file))
     with _base_blamed(view.base), AtomicOutput(path, spare=spared) as output:
         identity = None
         if backing_file is not None and options.kind == "qcow2":

@@ -93,7 +93,7 @@ class DiffReport(NamedTuple):
             "seconds": round(self.seconds, 6),
             "engine": self.engine,
             "format": self.format,
-            "changed": [{"offset": e.offset, "length": e.length, "kind": str(e.kind)} for e in self.changed],
+            "changed": extents_to_json(self.changed),
             **({} if self.changes is None else {"changes": self.changes.to_json()}),
         }
 
@@ -111,6 +111,11 @@ class DiffReport(NamedTuple):
             f"  read {format_size(self.bytes_read)}, wrote {format_size(self.bytes_written)} in {self.seconds:.2f} s"
         )
         return "\n".join(lines)
+
+
+def extents_to_json(extents: Iterable[Extent]) -> list[dict[str, object]]:
+    """Extents as each report in JSON has them."""
+    return [{"offset": offset, "length": length, "kind": str(kind)} for offset, length, kind in extents]
 
 
 def is_resized(size: int, base_size: int | None) -> bool:

@@ -216,6 +216,14 @@ class CowDisk(DiskHandle):
             backing_format=backing_format,
         )
 
+    @where_the_disk_is
+    def _lay_over(self, path: str | os.PathLike[str]) -> None:
+        """Write what a difference of a disk of this base and size holds, for the fixtures."""
+        from cowkit.diff.overlay import lay_over
+
+        self._open()
+        lay_over(self.engine, path)
+
     # Serving
 
     @property

@@ -133,7 +133,7 @@ def _extents(count: int) -> str:
     return f"{count} extent{'' if count == 1 else 's'}"
 
 
-def amounts(extents: Iterable[Extent]) -> tuple[int, int, int, int]:
+def count_changed(extents: Iterable[Extent]) -> tuple[int, int, int, int]:
     """Bytes and number of changed extents, then of those that are zeroed.
 
     Neighbours of different kinds count as one changed extent.

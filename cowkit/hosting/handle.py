@@ -15,8 +15,8 @@ from cowkit.disk.disk import Buffer
 from cowkit.disk.sizes import format_size
 from cowkit.errors import BaseChangedError, DiskClosedError, DiskError, UsageError
 from cowkit.hosting.local import open_disk
+from cowkit.hosting.local_servers import LocalServers, check_serving
 from cowkit.hosting.options import DiskOptions
-from cowkit.hosting.servers import LocalServers, check_serving
 
 if TYPE_CHECKING:
     from cowkit.disk.trace import TraceEvent

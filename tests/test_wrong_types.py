@@ -169,6 +169,7 @@ def test_an_option_of_a_wrong_type_of_a_server_is_refused_and_none_is_started(tm
         ({"share": "export", "max_exports": "x"}, "max_exports is a whole number, not 'x'"),
         ({"tls_certs": 3}, "tls_certs is a path, not 3"),
         ({"tls_psk": []}, "tls_psk is a path, not []"),
+        ({"tls_certs": "a\0"}, r"cannot read 'a\x00/server-cert.pem', which TLS needs: no file's name has a NUL"),
         ({"tls_certs": tmp_path, "tls_verify_peer": 3}, "tls_verify_peer is True or False, not 3"),
         ({"tls_certs": tmp_path, "tls": 3}, "TLS is one of on, require, not 3"),
         ({"on_idle": 3}, "on_idle is a function, not 3"),

@@ -126,9 +126,10 @@ def _readable(path: str) -> None:
     try:
         with open(path, "rb"):
             pass
-    except (OSError, ValueError) as error:  # no file's name has a NUL
-        why = error.strerror if isinstance(error, OSError) else error
-        raise UsageError(f"cannot read {path!r}, which TLS needs: {why}") from error
+    except OSError as error:
+        raise UsageError(f"cannot read {path}, which TLS needs: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(f"cannot read {path!r}, which TLS needs: no file's name has a NUL") from error
 
 
 def _reason(error: OSError) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
 import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -23,22 +25,62 @@ SCRIPTS = [
     "scripts/versions",
     ".ci/run",
 ]
-UNTRACKED = {".git", ".venv", ".venvs", "__pycache__", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis"}
 # Where somebody's files lie: such a path works on one machine. (/dev, /mnt, /tmp, /usr and the like are everybody's.)
 PERSONAL_PATH = re.compile(r"(?<![\w./~$}>])/(?:home|root|Users|work|opt|srv)/[\w.-]+")
 
 
+def files_of(root: Path) -> list[Path]:
+    """What is in the repository, or is new and not ignored; where there is no git, such as in a source archive, all there is."""
+    try:
+        listed = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=root,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        ignored = {".git", *(line.strip("/") for line in (root / ".gitignore").read_text().split())}
+        names = [path.relative_to(root) for path in root.rglob("*")]
+        return sorted(
+            root / name for name in names if not any(fnmatch(part, each) for part in name.parts for each in ignored)
+        )
+    return sorted(root / name for name in listed.stdout.split("\0") if name)
+
+
 def text_files() -> list[tuple[str, str]]:
     found = []
-    for path in sorted(ROOT.rglob("*")):
-        name = path.relative_to(ROOT)
-        if UNTRACKED & set(name.parts) or path.is_symlink() or not path.is_file() or path == Path(__file__).resolve():
+    for path in files_of(ROOT):
+        if path.is_symlink() or not path.is_file() or path == Path(__file__).resolve():
             continue
         try:
-            found.append((str(name), path.read_text(encoding="utf-8")))
+            found.append((str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")))
         except UnicodeDecodeError:
             continue
     return found
+
+
+def test_what_git_ignores_is_no_part_of_the_repository_also_without_git(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".gitignore").write_text((ROOT / ".gitignore").read_text())
+    for name in (
+        "new.py",
+        "cow-artifacts/test/summary.json",
+        "pkg/__pycache__/x.pyc",
+        ".venv/bin/python",
+        "pkg/new.py",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    expected = [".gitignore", "new.py", "pkg/new.py"]
+    if shutil.which("git"):
+        subprocess.run(["git", "init", "-q", tmp_path], check=True)
+        assert [str(path.relative_to(tmp_path)) for path in files_of(tmp_path)] == expected
+        shutil.rmtree(tmp_path / ".git")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = [path for path in files_of(tmp_path) if path.is_file()]
+    assert [str(path.relative_to(tmp_path)) for path in found] == expected
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

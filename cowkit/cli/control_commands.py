@@ -18,7 +18,7 @@ _PROGRESS_SECONDS = 0.05
 
 _Arguments = dict[str, Any]
 
-_KIND_OF_IMAGE = {
+KIND_OF_IMAGE = {
     "cluster-size": Argument(int, required=False),
     "subclusters": Argument(bool, required=False),
     "compress": Argument(str, required=False),
@@ -64,7 +64,7 @@ class DiskCommands:
                     "base": Argument(str, required=False),
                     "base-path": Argument(str, required=False),
                     "backing-format": Argument(str, required=False),
-                    **_KIND_OF_IMAGE,
+                    **KIND_OF_IMAGE,
                     "changes": Argument(bool, required=False),
                     "files": Argument(bool, required=False),
                 },
@@ -76,7 +76,7 @@ class DiskCommands:
                     "at": Argument(str, required=False),
                     "files": Argument(bool, required=False),
                     "estimate": Argument(bool, required=False),
-                    **_KIND_OF_IMAGE,
+                    **KIND_OF_IMAGE,
                 },
             ),
         }
@@ -172,7 +172,7 @@ class DiskCommands:
 
 def _kind(arguments: _Arguments) -> dict[str, Any]:
     """The members that say what kind of image is asked for, by their names in :class:`cowkit.diff.ImageOptions`."""
-    return {name.replace("-", "_"): arguments[name] for name in _KIND_OF_IMAGE if name in arguments}
+    return {name.replace("-", "_"): arguments[name] for name in KIND_OF_IMAGE if name in arguments}
 
 
 def _progress(context: CommandContext) -> Callable[[int, int], None]:

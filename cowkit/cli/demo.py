@@ -83,7 +83,6 @@ class _Demo:
         self._diff = folder / "diff.qcow2"
         self._copy = folder / "look.img"
         self._step = 0
-        self._rows: list[tuple[str, str]] = []
 
     def run(self) -> int:
         from cowkit import CowDisk

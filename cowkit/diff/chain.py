@@ -14,6 +14,7 @@ from cowkit.diff.qcow2.layout import MAGIC, image_size
 from cowkit.diff.qcow2.reader import Qcow2Image
 from cowkit.disk import Base
 from cowkit.disk.extent import Extent, Kind, merged
+from cowkit.disk.files import is_same_file
 from cowkit.errors import ImageError, UsageError, WrongBaseError
 
 _LONGEST = 200
@@ -273,10 +274,7 @@ def _leads_to(below: Below, base: Base) -> bool:
         return False
     if below.path is None:
         return below.name == base.given
-    try:
-        return base.path is not None and os.path.samefile(below.path, base.path)
-    except (OSError, ValueError):
-        return False
+    return is_same_file(below.path, base.path)
 
 
 def _goes_on(image: Qcow2Image, below: Below, *, to_a_base: bool) -> bool:

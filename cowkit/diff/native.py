@@ -23,7 +23,7 @@ from cowkit.diff.qcow2.subcluster_writer import SubclusterWriter
 from cowkit.diff.qcow2.writer import Qcow2Writer
 from cowkit.diff.raw_writer import RawWriter
 from cowkit.diff.rbd_writer import RbdWriter
-from cowkit.diff.report import DiffReport, amounts
+from cowkit.diff.report import DiffReport, count_changed
 from cowkit.diff.whole import Whole
 from cowkit.disk.view_base import ViewBase
 from cowkit.errors import OutputError, UsageError
@@ -85,7 +85,7 @@ def write_diff(
     view.base.verify_path()
     spared = [*_spared(view.base, path, backing_file), *spare]
     if options.secret_file is not None:
-        spared.append(os.fspath(options.secret_file))
+        spared.append(os.fsdecode(options.secret_file))
     with _base_blamed(view.base), AtomicOutput(path, spare=spared) as output:
         identity = None
         if backing_file is not None and options.kind == "qcow2":
@@ -94,7 +94,7 @@ def write_diff(
         filled = engine.fill(order, output)
         view.base.verify_path()
     tally = filled.tally
-    changed_bytes, changed_extents, zeroed_bytes, zeroed_extents = amounts(tally.changed)
+    changed_bytes, changed_extents, zeroed_bytes, zeroed_extents = count_changed(tally.changed)
     return DiffReport(
         path=os.fspath(path),
         backing_file=backing_file,

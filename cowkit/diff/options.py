@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, Self, TypedDict, get_args
 
 from cowkit.diff.identity import Hash
 from cowkit.diff.qcow2.bitmap_writer import check_bitmap_name
 from cowkit.diff.qcow2.layout import DEFAULT_CLUSTER, SMALLEST_CLUSTER, check_cluster_size
+from cowkit.disk.arguments import check_flag, check_text
+from cowkit.disk.files import path_text
 from cowkit.disk.sizes import parse_size
 from cowkit.errors import UsageError
 
@@ -33,31 +36,64 @@ _SAID_OTHERWISE = {"cluster-size": "cluster size", "extended-l2": "subclusters"}
 """QEMU's options for qcow2 that cowkit has options of its own for."""
 
 
+class ImageChoice(TypedDict, total=False):
+    """The members of :class:`ImageOptions`, which says what they are, as the keyword arguments of a function."""
+
+    cluster_size: int | str | None
+    subclusters: bool
+    compress: Compression | None
+    bitmap: str | None
+    standalone: bool
+    raw: bool
+    hash: Hash | None
+    engine: EngineName | None
+    format: str | None
+    image_options: Mapping[str, str | int | bool] | None
+    secret_file: str | os.PathLike[str] | None
+
+
 class ImageOptions(NamedTuple):
     """The image to write, as Python's, the command line's and the control socket's users say it."""
 
     cluster_size: int | str | None = None
-    """From 4096 bytes to 2 MiB, a power of two; 64 KiB unless given."""
+    """A power of two from 4096 bytes to 2 MiB; 64 KiB unless given. For rbd: what is compared at once, 4 KiB unless given."""
     subclusters: bool = False
-    """Divide clusters by 32 (extended L2 entries): a small change costs little, and QEMU before 5.2 cannot read it."""
+    """Divide clusters by 32 (extended L2 entries), so that a small change costs little; QEMU before 5.2 cannot read it."""
     compress: Compression | None = None
-    """Compress each cluster."""
+    """Compress each cluster, by ``"zlib"`` or by ``"zstd"``, which QEMU before 5.1 cannot read."""
     bitmap: str | None = None
     """Put in what is dirty as a persistent bitmap of that name."""
     standalone: bool = False
     """Have all of the disk in the image, and no backing file."""
     raw: bool = False
-    """Write a raw file with all of the disk instead of qcow2."""
+    """Write a sparse raw file with all of the disk instead of qcow2."""
     hash: Hash | None = None
-    """What of the base its identity is made of: some blocks (``"sampled"``, unless given), or all of it as well (``"full"``)."""
+    """What of the base the image records, so that another one is not taken for it: its size and a digest of some blocks
+    (``"sampled"``, unless given), or of all its bytes as well (``"full"``), which reads the whole base."""
     engine: EngineName | None = None
-    """Who writes the image; cowkit itself, unless given or only QEMU can."""
+    """Who writes the image: cowkit itself (``"native"``), qemu-img by create and rebase (``"qemu-img"``), or a QEMU storage daemon
+    (``"qmp"``); cowkit, unless given or only QEMU can."""
     format: str | None = None
-    """The image's format as QEMU names it, or ``"rbd"``: what Ceph's `rbd import-diff` reads; qcow2 unless given."""
+    """The image's format as QEMU names it, such as ``"vmdk"``; ``"qcow2"`` unless given. ``"rbd"`` is what Ceph's
+    ``rbd import-diff`` reads, with the checkpoints as its snapshots. Formats without backing files have all of the disk."""
     image_options: Mapping[str, str | int | bool] | None = None
-    """QEMU's options for making an image of that format, such as ``{"encrypt.format": "luks"}``."""
-    secret_file: str | None = None
-    """The file whose content is the image's passphrase, with no newline behind it."""
+    """QEMU's own options for making an image of that format, such as ``{"encrypt.format": "luks"}``."""
+    secret_file: str | os.PathLike[str] | None = None
+    """The file whose content, to its last byte, is the passphrase of an image that is encrypted."""
+
+    @classmethod
+    def chosen(cls, choice: ImageChoice) -> Self:
+        """Those that a caller has given by name.
+
+        :raises TypeError: there is none of that name.
+        """
+        unknown = sorted(choice.keys() - {*cls._fields})
+        if unknown:
+            raise TypeError(f"there is no image option {unknown[0]!r}: there are {', '.join(cls._fields)}")
+        made = cls(**choice)
+        if made.secret_file is None:
+            return made
+        return made._replace(secret_file=path_text(made.secret_file, "secret_file"))
 
     @property
     def has_all(self) -> bool:
@@ -114,6 +150,7 @@ class ImageOptions(NamedTuple):
 
         :raises UsageError: they do not, or one of them makes no sense.
         """
+        self._check_types()
         if self.is_raw:
             wrong = [name for name in (*_OF_QCOW2, "image_options", "secret_file") if getattr(self, name)]
             if wrong:
@@ -147,6 +184,21 @@ class ImageOptions(NamedTuple):
             check_bitmap_name(self.bitmap)
         self.cluster  # noqa: B018 - it refuses what is none
 
+    def _check_types(self) -> None:
+        for name in ("subclusters", "standalone", "raw"):
+            check_flag(getattr(self, name), name)
+        for name in ("bitmap", "format"):
+            if (text := getattr(self, name)) is not None:
+                check_text(text, name)
+        if self.secret_file is not None:
+            path_text(self.secret_file, "secret_file")
+        if self.image_options is not None and not (
+            isinstance(self.image_options, Mapping) and all(isinstance(key, str) for key in self.image_options)
+        ):
+            raise UsageError(
+                f"image_options are a mapping such as {{'encrypt.format': 'luks'}}, not {self.image_options!r}"
+            )
+
     def _check_engine(self) -> None:
         if self.engine is not None and self.engine not in get_args(EngineName):
             raise UsageError(f"engine is 'native', 'qemu-img' or 'qmp', not {self.engine!r}")
@@ -164,7 +216,7 @@ class ImageOptions(NamedTuple):
         for key, value in (self.image_options or {}).items():
             if not isinstance(value, str | int):  # a bool is an int
                 raise UsageError(f"the image option {key!r} is a string, a number, true or false, not {value!r}")
-            plain = key.replace("_", "-") if isinstance(key, str) else key
+            plain = key.replace("_", "-")
             if plain in _OURS:
                 raise UsageError(f"the image option {key!r} is cowkit's own to choose: leave it out")
             if self.kind == "qcow2" and plain in _SAID_OTHERWISE:

@@ -38,6 +38,24 @@ def check_overlay(chain: DiffChain, *, size: int | None) -> int:
     return size
 
 
+def lay_over(disk: Disk, path: str | os.PathLike[str]) -> None:
+    """Write what the difference at ``path`` holds, or the chain that it is the top of, to a disk of the base that it was made of.
+
+    :raises WrongBaseError: it is a difference to another base, or of a disk of another size.
+    :raises OverlayFullError: there is no room for it; part of it may be written.
+    :raises ImageError: it is damaged, or no qcow2 image that cowkit reads.
+    """
+    base = None if disk.base.given is None else disk.base
+    with DiffChain(path, base) as chain:
+        chain.stand_on(base)
+        size = check_overlay(chain, size=None)
+        if image_size(disk.size) != chain.size:
+            raise WrongBaseError(
+                f"{chain.path} is a difference of a disk of {size} bytes, and this one has {disk.size}"
+            )
+        _write_held(disk, chain)
+
+
 def load_overlay(disk: Disk, chain: DiffChain) -> None:
     """Make ``disk`` what ``chain`` is: all that its images hold becomes dirty. Then the images are not needed any more.
 
@@ -47,6 +65,12 @@ def load_overlay(disk: Disk, chain: DiffChain) -> None:
     :raises OverlayFullError: there is no room for it.
     :raises ImageError: an image is damaged.
     """
+    _write_held(disk, chain)
+    disk.beginning = disk.checkpoint(OVERLAY)
+    disk.spared = tuple(os.path.abspath(image.path) for image in chain.images[1:])
+
+
+def _write_held(disk: Disk, chain: DiffChain) -> None:
     for extent in chain.held():
         end = min(extent.end, disk.size)
         if extent.kind is Kind.ZERO:
@@ -56,5 +80,3 @@ def load_overlay(disk: Disk, chain: DiffChain) -> None:
                 disk.pwrite(chain.pread(min(_PIECE, end - offset), offset), offset)
     if disk.size > chain.size:  # what the difference cut off of its base stays away
         disk.zero(disk.size - chain.size, chain.size)
-    disk.beginning = disk.checkpoint(OVERLAY)
-    disk.spared = tuple(os.path.abspath(image.path) for image in chain.images[1:])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from cowkit.diff.qcow2.layout import down, up
@@ -19,9 +19,6 @@ _SHORT = 64 << 10
 
 Range = tuple[int, int]
 """Where it begins, and where it ends."""
-
-Extents = Callable[[int, int], Iterator[tuple[int, int, Kind]]]
-"""As :meth:`cowkit.disk.base.Base.extents`."""
 
 
 class Piece(NamedTuple):

@@ -93,7 +93,7 @@ class DiffReport(NamedTuple):
             "seconds": round(self.seconds, 6),
             "engine": self.engine,
             "format": self.format,
-            "changed": [{"offset": e.offset, "length": e.length, "kind": str(e.kind)} for e in self.changed],
+            "changed": extents_to_json(self.changed),
             **({} if self.changes is None else {"changes": self.changes.to_json()}),
         }
 
@@ -113,6 +113,11 @@ class DiffReport(NamedTuple):
         return "\n".join(lines)
 
 
+def extents_to_json(extents: Iterable[Extent]) -> list[dict[str, object]]:
+    """Extents as each report in JSON has them."""
+    return [{"offset": offset, "length": length, "kind": str(kind)} for offset, length, kind in extents]
+
+
 def is_resized(size: int, base_size: int | None) -> bool:
     """Whether a disk of ``size`` bytes is of another size than the state before; in sectors, since images have whole ones."""
     return base_size is not None and image_size(size) != image_size(base_size)
@@ -128,7 +133,7 @@ def _extents(count: int) -> str:
     return f"{count} extent{'' if count == 1 else 's'}"
 
 
-def amounts(extents: Iterable[Extent]) -> tuple[int, int, int, int]:
+def count_changed(extents: Iterable[Extent]) -> tuple[int, int, int, int]:
     """Bytes and number of changed extents, then of those that are zeroed.
 
     Neighbours of different kinds count as one changed extent.

@@ -6,8 +6,7 @@ A :class:`cowkit.disk.FrozenView` is one: the disk at one moment, and its base.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol
 
 from cowkit.disk import Base, Extent, FrozenView
 from cowkit.disk.view_base import ViewBase
@@ -62,14 +61,6 @@ class Increment:
         self.read_into = later.read_into
         self.read_base_into = earlier.read_into
         self.extents = later.extents
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def dirty_bytes(self) -> int:

@@ -144,12 +144,6 @@ class FrozenView:
         assert source is not None
         source.read_into(buffer, offset)
 
-    def read_base(self, length: int, offset: int) -> bytes:
-        """``length`` bytes of the base from ``offset`` on; beyond its end it reads as zeroes."""
-        buffer = bytearray(length)
-        self.read_base_into(memoryview(buffer), offset)
-        return bytes(buffer)
-
     def _check(self, offset: int, length: int) -> int:
         if self._closed:
             raise DiskClosedError("this view of the disk is closed")

@@ -37,6 +37,14 @@ def path_text(path: str | os.PathLike[str], what: str) -> str:
         raise UsageError(f"{what} is a path, not {path!r}") from error
 
 
+def is_same_file(path: str, other: str | None) -> bool:
+    """Whether both name one file that is there."""
+    try:
+        return other is not None and os.path.samefile(path, other)
+    except (OSError, ValueError):  # no file's name has a NUL
+        return False
+
+
 def pread_whole(fd: int, buffer: memoryview, offset: int) -> None:
     """Fill ``buffer`` from ``offset`` on.
 

@@ -9,6 +9,7 @@ from socket import socket as Socket
 from typing import Any
 
 from cowkit.disk import Checkpoint, Extent, Kind
+from cowkit.disk.arguments import check_function
 from cowkit.disk.disk import Buffer, not_bytes
 from cowkit.disk.trace import TraceEvent
 from cowkit.errors import CowkitError, DiskClosedError, DiskError, ListenError
@@ -91,6 +92,8 @@ class HostedDisk:
     def call_method(self, name: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """The result of a method of CowDisk that reads or makes files, called with these arguments."""
         progress = options.pop("progress", None)
+        if progress is not None:
+            check_function(progress, "progress")
         options |= {each: self._checkpoints.argument(point) for each, point in options.items() if each in POINTS}
         return self.call(
             name, *map(_sendable, arguments), options=_all_sendable(options), located=True, progress=progress
@@ -241,6 +244,10 @@ class HostedDisk:
         """How many clients are connected."""
         found: int = 0 if self.closed else self.call("connections")
         return found
+
+    def disconnect(self) -> None:
+        """End the connections of all clients."""
+        self.call("disconnect")
 
     # The end
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Literal, NamedTuple
 
+from cowkit.disk.arguments import check_flag, check_number, check_text
 from cowkit.disk.disk import DEFAULT_BLOCK_SIZE, check_block_size
 from cowkit.disk.files import path_text
 from cowkit.disk.layer import default_directory
@@ -55,6 +56,12 @@ def checked(
     if round not in ("exact", "down", "up"):
         raise UsageError(f"round is 'exact', 'down' or 'up', not {round!r}")
     whole = None if size is None else parse_size(size)
+    check_flag(cow_on_read, "cow_on_read")
+    check_flag(cow_on_cache, "cow_on_cache")
+    if base_format is not None:
+        check_text(base_format, "base_format")
+    if partition is not None:
+        check_number(partition, "partition")
     if not has_base and whole is None and overlay is None:
         raise UsageError("a disk needs a base or a size: CowDisk('disk.img'), or CowDisk(size='1G') for a blank one")
     start = parse_size(offset, what="offset")

@@ -9,7 +9,7 @@ from cowkit.diff import ImageOptions
 from cowkit.diff.answers import ChangesReport
 from cowkit.diff.answers.look import look
 from cowkit.disk import Disk
-from cowkit.keeping.live import NOW, States, view_of
+from cowkit.keeping.live import NOW, States, check_asking, check_kind, view_of
 
 
 def changes(
@@ -21,5 +21,8 @@ def changes(
     progress: Callable[[int, int], None] | None = None,
 ) -> ChangesReport:
     """What is different between two states of ``disk``; see :meth:`cowkit.CowDisk.changes`."""
+    check_asking(progress, files=files)
+    if image is not None:
+        check_kind(image)
     with closing(view_of(disk, states)) as view:
         return look(view, files=files, image=image, progress=progress)

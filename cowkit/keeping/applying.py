@@ -9,6 +9,7 @@ from cowkit.diff.applying.in_place import apply_in_place, finish, target_of
 from cowkit.diff.applying.report import ApplyReport
 from cowkit.diff.identity import Progress
 from cowkit.diff.qcow2.header import backing_chain
+from cowkit.disk.files import is_same_file
 from cowkit.errors import OutputError
 from cowkit.server.runtime import identity_of, running
 
@@ -51,15 +52,8 @@ def _refuse_served(base: str) -> None:
             raise OutputError(
                 f"cannot write {base}: it is the base of the disk {server.name} that process {server.pid} serves; end that first"
             )
-        if server.base is not None and any(_is_same(each, base) for each in backing_chain(server.base)):
+        if server.base is not None and any(is_same_file(each, base) for each in backing_chain(server.base)):
             raise OutputError(
                 f"cannot write {base}: the disk {server.name} that process {server.pid} serves stands on it, by way of its base "
                 f"{server.base}; end that first"
             )
-
-
-def _is_same(path: str, other: str) -> bool:
-    try:
-        return os.path.samefile(path, other)
-    except OSError:
-        return False

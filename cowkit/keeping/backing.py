@@ -10,6 +10,8 @@ from cowkit.diff import ImageOptions, backing_name
 from cowkit.diff.qcow2.layout import check_format_name
 from cowkit.diff.view import View
 from cowkit.disk import Base
+from cowkit.disk.arguments import check_text
+from cowkit.disk.files import path_text
 from cowkit.errors import UsageError
 from cowkit.keeping.backing_file import check_backing_file, format_of_kept
 
@@ -22,7 +24,13 @@ class Backing(NamedTuple):
 
 
 def choose_backing(
-    base: Base, path: str, name: str | None, format: str | None, options: ImageOptions, *, kept: View | None = None
+    base: Base,
+    path: str,
+    name: str | os.PathLike[str] | None,
+    format: str | None,
+    options: ImageOptions,
+    *,
+    kept: View | None = None,
 ) -> Backing:
     """What an image at ``path`` records, whose content is to be seen on top of ``base``.
 
@@ -32,6 +40,10 @@ def choose_backing(
         view that has it as its base.
     :raises UsageError: they do not fit the base, or are needed and missing.
     """
+    if name is not None:
+        name = path_text(name, "backing_file")
+    if format is not None:
+        check_text(format, "backing_format")
     if not options.names_base:
         if name is not None or format is not None:
             what = "a difference for rbd" if options.is_rbd else "an image with all of the disk"

@@ -16,6 +16,7 @@ from cowkit.diff.identity import BLOCK, sampled_digest
 from cowkit.diff.qcow2.layout import image_size
 from cowkit.diff.view import View
 from cowkit.disk import Base
+from cowkit.disk.files import is_same_file
 from cowkit.disk.view_base import ViewBase
 from cowkit.errors import UsageError
 
@@ -53,7 +54,7 @@ def check_backing_file(base: Base, path: str, format: str, kept: View | None = N
     """
     if os.path.isdir(path):
         raise UsageError(f"backing file {path} is a directory: name the file that the difference stands on")
-    if base.backing_refusal is None and format == base.backing_format and _is_same(path, base.path):
+    if base.backing_refusal is None and format == base.backing_format and is_same_file(path, base.path):
         return
     found = image_format_of(path)
     if format == "qcow2" and found != format and os.access(path, os.R_OK):
@@ -91,13 +92,6 @@ def _differ(reader: _Reader, base: Base, kept: View) -> bool:
                 if one != other:
                     return True
     return False
-
-
-def _is_same(path: str, other: str | None) -> bool:
-    try:
-        return other is not None and os.path.samefile(path, other)
-    except OSError:
-        return False
 
 
 class _Reader:

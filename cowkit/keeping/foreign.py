@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 from cowkit.bases.image import ImageBase
 from cowkit.bases.nbd_client import ALLOCATION_DEPTH
 from cowkit.bases.opening import is_uri, open_base
-from cowkit.diff import Compression, DiffReport, ImageOptions, write_diff
+from cowkit.diff import DiffReport, ImageChoice, ImageOptions, write_diff
 from cowkit.diff.foreign import ForeignView, as_source
 from cowkit.disk import Base
-from cowkit.errors import BaseError
+from cowkit.disk.arguments import check_text
+from cowkit.errors import BaseError, UsageError
 from cowkit.keeping.backing import choose_backing
 from cowkit.keeping.engines import engine_for
-from cowkit.keeping.live import with_answers
+from cowkit.keeping.live import check_asking, check_kind, output_path, with_answers
 from cowkit.keeping.suspects import check_context, told_by, told_by_layers
 
 if TYPE_CHECKING:
@@ -31,15 +32,10 @@ def diff_images(
     now_format: str | None = None,
     base_format: str | None = None,
     context: str | None = None,
-    backing_file: str | None = None,
+    backing_file: str | os.PathLike[str] | None = None,
     backing_format: str | None = None,
-    cluster_size: int | str | None = None,
-    subclusters: bool = False,
-    compress: Compression | None = None,
-    bitmap: str | None = None,
-    standalone: bool = False,
-    raw: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    **image: Unpack[ImageChoice],
 ) -> DiffReport:
     """Keep what differs between ``now`` and ``base``, of which neither need be a disk of cowkit's: as an image at ``path``.
 
@@ -52,6 +48,7 @@ def diff_images(
     :param base_format: the same of the base.
     :param context: a metadata context of ``now``, ``"qemu:dirty-bitmap:NAME"`` or ``"qemu:allocation-depth"``, that is known to
         say all that changed since ``base``: nothing else is compared.
+    :param image: what kind of image, by the members of :class:`cowkit.diff.ImageOptions`.
     :param progress: called about 200 times with the bytes compared and those there are; what it raises ends it all.
     :raises UsageError: the options do not go together, or there is no such context.
     :raises BaseError: one of the two cannot be opened or read, or changed meanwhile; an old file at ``path`` is as it was.
@@ -61,7 +58,7 @@ def diff_images(
         now,
         base,
         path,
-        options=ImageOptions(cluster_size, subclusters, compress, bitmap, standalone, raw),
+        options=ImageOptions.chosen(image),
         now_format=now_format,
         base_format=base_format,
         context=context,
@@ -80,15 +77,16 @@ def keep_foreign(
     now_format: str | None = None,
     base_format: str | None = None,
     context: str | None = None,
-    backing_file: str | None = None,
+    backing_file: str | os.PathLike[str] | None = None,
     backing_format: str | None = None,
     progress: Callable[[int, int], None] | None = None,
     changes: bool = False,
     files: bool = False,
 ) -> DiffReport:
     """Write what differs between ``now`` and ``base`` to ``path``; see :func:`diff_images`."""
+    check_asking(progress, changes=changes, files=files)
     options.check()
-    path = os.fsdecode(path)
+    path = output_path(path)
     with _compared(now, base, now_format, base_format, context, progress) as view:
         backing = choose_backing(view.base, path, backing_file, backing_format, options)
         with engine_for(view, options) as engine:
@@ -119,6 +117,9 @@ def look_at_foreign(
     """What differs between ``now`` and ``base``, without writing anything; see :meth:`cowkit.CowDisk.changes`."""
     from cowkit.diff.answers.look import look
 
+    check_asking(progress, files=files)
+    if image is not None:
+        check_kind(image)
     with _compared(now, base, now_format, base_format, context, progress) as view:
         return look(view, files=files, image=image)._replace(bytes_read=view.bytes_read)
 
@@ -132,6 +133,12 @@ def _compared(
     context: str | None,
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[ForeignView]:
+    for what, given in (("now", now_given), ("base", base_given)):
+        if not isinstance(given, str | os.PathLike):
+            raise UsageError(f"{what} is a path or an NBD URI, not {given!r}")
+    for what, text in (("now_format", now_format), ("base_format", base_format), ("context", context)):
+        if text is not None:
+            check_text(text, what)
     wanted = [] if context is None else [check_context(context)]
     base = open_base(base_given, format=base_format, contexts=_depth(base_given))
     try:

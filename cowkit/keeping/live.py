@@ -10,8 +10,9 @@ from typing import NamedTuple
 from cowkit.diff import DiffReport, ImageOptions, check_output, write_diff
 from cowkit.diff.view import Increment, View
 from cowkit.disk import Checkpoint, Disk
+from cowkit.disk.arguments import check_flag, check_function
 from cowkit.disk.files import path_text
-from cowkit.errors import OutputError
+from cowkit.errors import OutputError, UsageError
 from cowkit.keeping.backing import choose_backing
 from cowkit.keeping.engines import engine_for
 
@@ -42,15 +43,16 @@ def keep(
     *,
     options: ImageOptions,
     states: States = NOW,
-    backing_file: str | None = None,
+    backing_file: str | os.PathLike[str] | None = None,
     backing_format: str | None = None,
     progress: Callable[[int, int], None] | None = None,
     changes: bool = False,
     files: bool = False,
 ) -> DiffReport:
     """Write the difference between two states of ``disk`` to ``path``; see :meth:`cowkit.CowDisk.diff`."""
+    check_asking(progress, changes=changes, files=files)
     options.check()
-    path = _plain(path)
+    path = output_path(path)
     with closing(view_of(disk, states) if disk.last is None else disk.last.view()) as view:
         kept = None if states.since is None else view
         backing = choose_backing(view.base, path, backing_file, backing_format, options, kept=kept)
@@ -69,6 +71,27 @@ def keep(
         if changes or files:
             report = with_answers(report, view, files=files, progress=progress)
         return report
+
+
+def check_kind(image: object) -> None:
+    """See that ``image`` is a kind of image that makes sense.
+
+    :raises UsageError: it is not.
+    """
+    if not isinstance(image, ImageOptions):
+        raise UsageError(f"image is a cowkit.diff.ImageOptions, not {image!r}")
+    image.check()
+
+
+def check_asking(progress: Callable[[int, int], None] | None, **flags: bool) -> None:
+    """See that what is asked for besides the image is of the types that it can be.
+
+    :raises UsageError: it is not.
+    """
+    for name, value in flags.items():
+        check_flag(value, name)
+    if progress is not None:
+        check_function(progress, "progress")
 
 
 def with_answers(
@@ -103,21 +126,26 @@ def check(
     path: str | os.PathLike[str],
     *,
     options: ImageOptions,
-    backing_file: str | None = None,
+    backing_file: str | os.PathLike[str] | None = None,
     backing_format: str | None = None,
 ) -> None:
     """Look whether :func:`keep` could write there.
 
     :raises CowkitError: what it would raise.
     """
-    path = _plain(path)
-    options.check()
+    path = output_path(path)
+    check_kind(options)
     choose_backing(disk.base, path, backing_file, backing_format, options)
-    secret = [] if options.secret_file is None else [os.fspath(options.secret_file)]
+    secret = [] if options.secret_file is None else [os.fsdecode(options.secret_file)]
     check_output(disk.base, path, spare=[*disk.spared, *secret])
 
 
-def _plain(path: str | os.PathLike[str]) -> str:
+def output_path(path: str | os.PathLike[str]) -> str:
+    """Where to write a difference, as a string.
+
+    :raises UsageError: it is no path.
+    :raises OutputError: no file can be called so.
+    """
     path = path_text(path, "where to write the difference")
     if "\0" in path:
         raise OutputError(f"cannot write {path!r}: no file's name has a NUL")

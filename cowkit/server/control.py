@@ -6,7 +6,7 @@ that a long one holds up nobody else, its events go out while it runs, and its c
 What holds:
 
 - All state of connections belongs to the loop's thread. Others reach it through :meth:`ControlServer._post` alone.
-- A client that hangs up gives up what it asked for: the command that runs for it sees ``context.cancelled``. One that
+- A client that hangs up gives up what it asked for: ``context.check()`` ends the command that runs for it. One that
   merely ends its input (``shutdown(SHUT_WR)``, `nc -N`) still gets its answers.
 - A client can end its own connection and nothing else, whatever it sends and whether or not it reads.
 """
@@ -44,13 +44,11 @@ class CommandContext:
         self._emit = emit
         self._cancelled: str | None = None
 
-    @property
-    def cancelled(self) -> bool:
-        """Whether nobody waits for the result any more: the client has gone, or the server is stopping."""
-        return self._cancelled is not None
-
     def check(self) -> None:
-        """To be called every now and then by what takes long. :raises ControlError: :attr:`cancelled` is true."""
+        """To be called every now and then by what takes long.
+
+        :raises ControlError: nobody waits for the result any more: the client has gone, or the server is stopping.
+        """
         if self._cancelled is not None:
             raise ControlError(f"given up: {self._cancelled}")
 

@@ -135,7 +135,7 @@ class NbdServer:
                 self._directory = make_socket_dir()
                 socket_path = self._directory / NBD_SOCKET
             if socket_path is not None:
-                path = os.path.abspath(os.fspath(socket_path))
+                path = os.path.abspath(os.fsdecode(socket_path))
                 self._listeners.append(listen_unix(path))
                 self._path = path
                 self._file = os.stat(path)

@@ -70,13 +70,13 @@ def load_tls(
             raise UsageError(
                 "with pre-shared keys there is no certificate of the client's to verify: it has the key, or not"
             )
-        return Tls(mode, _psk_context(os.fspath(psk)))
+        return Tls(mode, _psk_context(os.fsdecode(psk)))
     if certs is None:
         what = "verifying clients" if verify_peer else "TLS"
         raise UsageError(
             f"{what} needs the server's credentials: a directory of certificates, or a file of pre-shared keys"
         )
-    return Tls(mode, _certificates_context(os.fspath(certs), verify_peer))
+    return Tls(mode, _certificates_context(os.fsdecode(certs), verify_peer))
 
 
 def _context() -> ssl.SSLContext:
@@ -128,6 +128,8 @@ def _readable(path: str) -> None:
             pass
     except OSError as error:
         raise UsageError(f"cannot read {path}, which TLS needs: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(f"cannot read {path!r}, which TLS needs: no file's name has a NUL") from error
 
 
 def _reason(error: OSError) -> str:

@@ -16,9 +16,6 @@ from enum import IntEnum, IntFlag
 from struct import Struct
 from typing import Final
 
-DEFAULT_PORT: Final = 10809
-"""The TCP port that IANA has reserved for NBD."""
-
 # Limits
 
 MAX_STRING: Final = 4096
@@ -33,8 +30,6 @@ DEFAULT_PREFERRED_BLOCK: Final = 4096
 DEFAULT_MAXIMUM_PAYLOAD: Final = 2**25
 """The longest payload that a client may send unless told otherwise, in bytes ("Size constraints")."""
 
-MAX_EXTENTS: Final = 2**20
-"""The most extents that one block status chunk should have ("Structured reply types")."""
 
 # Handshake
 
@@ -284,20 +279,8 @@ ERROR_OFFSET: Final = Struct(">Q")
 STRUCTURED_DATA: Final = Struct(">IHHQIQ")
 """STRUCTURED_REPLY and OFFSET_DATA; the length is that of the data and 8 more."""
 
-STRUCTURED_HOLE: Final = Struct(">IHHQIQI")
-"""STRUCTURED_REPLY and OFFSET_HOLE; the length is 12."""
-
-STRUCTURED_ERROR: Final = Struct(">IHHQIIH")
-"""STRUCTURED_REPLY and ERROR; the length is that of the message and 6 more."""
-
 EXTENDED_DATA: Final = Struct(">IHHQQQQ")
 """EXTENDED_REPLY and OFFSET_DATA; the length is that of the data and 8 more."""
-
-EXTENDED_HOLE: Final = Struct(">IHHQQQQI")
-"""EXTENDED_REPLY and OFFSET_HOLE; the length is 12."""
-
-EXTENDED_ERROR: Final = Struct(">IHHQQQIH")
-"""EXTENDED_REPLY and ERROR; the length is that of the message and 6 more."""
 
 # Metadata contexts
 

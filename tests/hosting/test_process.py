@@ -268,6 +268,7 @@ def test_a_host_without_descriptors_left_says_so_and_goes_on() -> None:
     import resource
 
     with CowDisk(size="1M", server="process") as disk:
+        disk.serve().stop()  # or importing what serves would need a descriptor first
         pid = host_of(disk).pid
         soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (len(os.listdir(f"/proc/{pid}/fd")), hard))

@@ -377,3 +377,5 @@ def test_the_function_for_users_is_the_same(base: Path, output: Path, tmp_path: 
     )
     assert (report.cluster_size, report.changed_bytes, told[-1]) == (4096, 8192, (SIZE, SIZE))
     same(output, image)
+    assert cowkit.diff_images(image, base, output, now_format="qcow2", format="raw").format == "raw"
+    assert len(output.read_bytes()) == SIZE

@@ -33,11 +33,7 @@ SIZES = [
     (wire.ERROR, 6),
     (wire.ERROR_OFFSET, 8),
     (wire.STRUCTURED_DATA, 20 + 8),
-    (wire.STRUCTURED_HOLE, 20 + 12),
-    (wire.STRUCTURED_ERROR, 20 + 6),
     (wire.EXTENDED_DATA, 32 + 8),
-    (wire.EXTENDED_HOLE, 32 + 12),
-    (wire.EXTENDED_ERROR, 32 + 6),
 ]
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, Self
 from cowkit.diff.answers.amounts import Amounts
 from cowkit.diff.answers.file_change import FileSystemChanges
 from cowkit.diff.answers.image_size import Estimate
-from cowkit.diff.report import is_resized
+from cowkit.diff.report import extents_to_json, is_resized
 from cowkit.disk.extent import Extent, Kind
 
 TableState = Literal["none", "same", "changed", "added", "removed", "damaged"]
@@ -93,8 +93,8 @@ class ChangesReport(NamedTuple):
             "files": None if self.files is None else [each.to_json() for each in self.files],
             "bytes_read": self.bytes_read,
             "seconds": round(self.seconds, 6),
-            "dirty": _extents_to_json(self.dirty),
-            "changed": _extents_to_json(self.changed),
+            "dirty": extents_to_json(self.dirty),
+            "changed": extents_to_json(self.changed),
         }
 
     @classmethod
@@ -118,10 +118,6 @@ class ChangesReport(NamedTuple):
             files=None if files is None else tuple(map(FileSystemChanges.from_json, files)),
             base_size=data["base_size"],
         )
-
-
-def _extents_to_json(extents: tuple[Extent, ...]) -> list[dict[str, object]]:
-    return [{"offset": offset, "length": length, "kind": str(kind)} for offset, length, kind in extents]
 
 
 def _extents_from_json(data: list[dict[str, Any]]) -> tuple[Extent, ...]:

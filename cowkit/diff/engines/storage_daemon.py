@@ -12,6 +12,7 @@ records are just put into it.
 from __future__ import annotations
 
 import base64
+import os
 from contextlib import ExitStack
 
 from cowkit.diff.engine import Filled, Order
@@ -106,7 +107,7 @@ class _Follower:
             self._progress(*self._done)
 
 
-def _secret(path: str | None) -> str | None:
+def _secret(path: str | os.PathLike[str] | None) -> str | None:
     """The content of the file in base64; None without one.
 
     :raises UsageError: it cannot be read.
@@ -118,4 +119,4 @@ def _secret(path: str | None) -> str | None:
             return base64.b64encode(file.read(_LONGEST_SECRET)).decode()
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
-        raise UsageError(f"cannot read the secret file {path!r}: {why}") from error
+        raise UsageError(f"cannot read the secret file {os.fsdecode(path)!r}: {why}") from error

@@ -46,13 +46,6 @@ class Side(NamedTuple):
     place: Place
 
 
-class _Known(NamedTuple):
-    """A path and what is known of it."""
-
-    entry: Entry
-    facts: Facts | None
-
-
 def ext_changes(before: Side | None, now: Side | None, changed: Sequence[Extent]) -> tuple[FileChange, ...]:
     """Each path that is not what it was, in order.
 

@@ -21,6 +21,9 @@ _LONGEST_WRITE = 2 << 20
 class FeedError(ToolError):
     """The export did not take it, in one line."""
 
+    lost = False
+    """Whether the connection is gone, and so perhaps the server."""
+
 
 class Feeder:
     """An NBD client that writes, for the length of a ``with`` block.
@@ -91,14 +94,19 @@ class Feeder:
             self._handle.flush()
             self._handle.shutdown()
         except self._nbd.Error as error:
-            raise FeedError(_reason(error)) from error
+            raise self._failed(_reason(error)) from error
+
+    def _failed(self, reason: str) -> FeedError:
+        failure = FeedError(reason)
+        failure.lost = self._handle.aio_is_dead() or self._handle.aio_is_closed()
+        return failure
 
     def _begin(self, request: Any, what: Any, offset: int) -> None:
         self._drain(_MOST_REQUESTS - 1)
         try:
             request(what, offset, self._done)
         except self._nbd.Error as error:
-            raise FeedError(_reason(error)) from error
+            raise self._failed(_reason(error)) from error
         self._inflight += 1
 
     def _done(self, error: Any) -> int:
@@ -113,9 +121,9 @@ class Feeder:
             while self._inflight > most and not self._error:
                 self._handle.poll(-1)
         except self._nbd.Error as error:
-            raise FeedError(_reason(error)) from error
+            raise self._failed(_reason(error)) from error
         if self._error:
-            raise FeedError(os.strerror(self._error))
+            raise self._failed(os.strerror(self._error))
 
 
 def _reason(error: Any) -> str:

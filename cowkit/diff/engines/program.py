@@ -11,6 +11,7 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import IO, Self
 
@@ -88,9 +89,11 @@ class Program:
         assert self._process.stdout is not None
         return self._process.stdout
 
-    def has_ended(self) -> bool:
-        """Whether it runs no more."""
-        return self._process.poll() is not None
+    def has_ended(self, seconds: float = 0) -> bool:
+        """Whether it runs no more, after that time at the latest."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+        return self._process.returncode is not None
 
     def wait(self, seconds: float | None = None) -> bool:
         """Whether it has ended well, within that time.

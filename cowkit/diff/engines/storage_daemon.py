@@ -32,6 +32,7 @@ from cowkit.errors import OutputError, ToolFailedError, UsageError
 _PROGRAM = "qemu-storage-daemon"
 _REMEDY = "apt install qemu-system-common, or dnf install qemu-system-core"
 _EXIT_SECONDS = 60
+_DYING_SECONDS = 5
 _LONGEST_SECRET = 1 << 16
 
 
@@ -84,7 +85,9 @@ class StorageDaemon:
                 if not daemon.wait(_EXIT_SECONDS):
                     raise QmpError("it does not end")
             except (QmpError, FeedError, ToolFailedError) as error:
-                words = daemon.last_words() if daemon.has_ended() else daemon.readable(str(error))
+                lost = isinstance(error, FeedError) and error.lost  # a program that is ending closes its sockets first
+                ended = daemon.has_ended(_DYING_SECONDS if lost else 0)
+                words = daemon.last_words() if ended else daemon.readable(str(error))
                 raise OutputError(f"cannot write {output.path}: {_PROGRAM}: {words}") from error
         finish(order, output)
         filled.tally.bytes_read += self._sources.bytes_served()

@@ -51,8 +51,7 @@ class BulkWriter:
         self._direct_fd = -1
         self._allocates: bool | None = None
         self._cost: dict[bool, float] = {}
-        """Seconds a byte, by whether it went around the page cache: the better of the last two pieces, so that one hiccup is none."""
-        self._last: dict[bool, float] = {}
+        """Seconds a byte of the last piece, by whether it went around the page cache."""
         # Queues, since ctrl-C may come at any moment: a condition's lock could be left in any state, a queue is one call.
         self._jobs: SimpleQueue[tuple[Sequence[memoryview], int, int] | None] = SimpleQueue()
         self._results: SimpleQueue[BaseException | None] = SimpleQueue()
@@ -127,8 +126,7 @@ class BulkWriter:
         if not around:
             self.allocate(length, offset)
             self._pwritev(pieces, offset)
-        cost = (time.perf_counter() - begun) / length
-        self._cost[around], self._last[around] = min(cost, self._last.get(around, cost)), cost
+        self._cost[around] = (time.perf_counter() - begun) / length
 
     def _is_better_around(self) -> bool:
         if False not in self._cost:

@@ -1,4 +1,4 @@
-"""What all tests share: the marks ``requires`` and ``slow``."""
+"""What all tests share: the marks ``requires``, ``slow`` and ``long``."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ def pytest_configure(config: pytest.Config) -> None:
         "requires(*programs, modules=()): skip where a program or module from outside is missing; fail instead where CI=true",
     )
     config.addinivalue_line("markers", "slow: runs only with RUN_SLOW=1 or -m slow")
+    config.addinivalue_line("markers", "long: takes a minute; begins first, lest all other workers wait for it at the end")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
     if os.environ.get("RUN_SLOW") or "slow" in config.getoption("markexpr"):
         return
     slow = [item for item in items if item.get_closest_marker("slow")]

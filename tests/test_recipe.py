@@ -62,6 +62,7 @@ def qemu_img(*arguments: str | Path, cwd: Path) -> None:
     assert done.returncode == 0, f"{arguments}: {done.stdout}{done.stderr}"
 
 
+@pytest.mark.long
 def test_cowkit_diff_of_5_tib_gives_the_wrecked_disk_and_reads_what_is_dirty(tmp_path: Path) -> None:
     keep_differences(tmp_path, 5 * TIB, recipe=False)
 

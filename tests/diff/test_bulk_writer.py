@@ -85,7 +85,7 @@ def test_a_file_that_replaces_another_has_no_block_left_to_be_allocated(tmp_path
     (tmp_path / "out").write_bytes(b"old")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "posix_fallocate", count)
-        patch.setattr("cowkit.diff.bulk_writer._EMULATED", (60.0, 0.0))
+        patch.setattr("cowkit.disk.room._EMULATED", (60.0, 0.0))
         with AtomicOutput(tmp_path / "out") as output:
             output.pwrite(b"head", 0)
             output.pwrite_meanwhile(PIECES[1], 4096)

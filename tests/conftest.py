@@ -16,7 +16,9 @@ def pytest_configure(config: pytest.Config) -> None:
         "requires(*programs, modules=()): skip where a program or module from outside is missing; fail instead where CI=true",
     )
     config.addinivalue_line("markers", "slow: runs only with RUN_SLOW=1 or -m slow")
-    config.addinivalue_line("markers", "long: takes a minute; begins first, lest all other workers wait for it at the end")
+    config.addinivalue_line(
+        "markers", "long: takes a minute; begins first, lest all other workers wait for it at the end"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -73,6 +73,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Refuse what was typed."""
+        if (
+            message.startswith("unrecognized arguments: ")
+            and message[24] != "-"
+            and "--base" in self._option_string_actions
+        ):
+            message += ": a base is given by --base"
         raise UsageError(f"{message} (see `{self.prog} --help`)")
 
     def format_help(self) -> str:

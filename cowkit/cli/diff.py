@@ -97,6 +97,8 @@ def run(arguments: argparse.Namespace) -> int:
         return _answer(arguments)
     if arguments.estimate:
         raise UsageError("--estimate tells how large OUT would be, and -o writes it: leave out one of them")
+    if not arguments.output:
+        raise UsageError("-o is empty: give the name of a file")
     if arguments.output == "-":
         raise UsageError("a difference cannot be written to standard output: name a file (./- if it is to be called -)")
     _check_picture(arguments)
@@ -119,8 +121,11 @@ def _kept_by_server(arguments: argparse.Namespace) -> tuple[dict[str, Any], str,
     server = choose(arguments.base, arguments.source)
     _check_picture(arguments, server.base)
     # Not checked here: the server writes it, and knows best
+    path = os.path.abspath(arguments.output)
+    if path.startswith("/proc/"):  # where a name such as /proc/self/cwd means another thing to the server
+        path = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
     folder = "/" if arguments.output.endswith("/") else ""  # which abspath drops, and a file is no folder
-    asked: dict[str, Any] = {"path": os.path.abspath(arguments.output) + folder, **_states(arguments)}
+    asked: dict[str, Any] = {"path": path + folder, **_states(arguments)}
     asked |= as_members(asked_kind(arguments))
     if arguments.backing_format is not None:
         asked["backing-format"] = arguments.backing_format
@@ -140,7 +145,7 @@ def _answer(arguments: argparse.Namespace) -> int:
     if not is_asked(arguments):
         raise UsageError(
             "nothing to do: give -o OUT to write the difference, or --stat, --map, --svg, --files or --estimate to be told "
-            "of it (see `cowkit diff --help`)"
+            "of it; --json and --exit-code go with any of these (see `cowkit diff --help`)"
         )
     if arguments.backing_file is not None or arguments.backing_format is not None:
         raise UsageError("--backing and --backing-format are for what -o writes: give -o OUT, or leave them out")

@@ -115,6 +115,9 @@ def note_names(output: str, backing: str | None, arguments: argparse.Namespace) 
         claimed = _RAW_NAMES.get(extension) or format_of_name(output)
         if claimed not in (None, "qcow2"):
             note(f"{output} is a qcow2 image, whatever its name says (-O {claimed} writes another)")
+    written = "raw" if arguments.raw else arguments.image_format
+    if extension == ".qcow2" and written not in (None, "qcow2"):
+        note(f"{output} is a {written} image, whatever its name says")
     if backing is None or "://" in backing:
         return
     folder = os.path.dirname(os.path.realpath(output))

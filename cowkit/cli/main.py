@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status = _run(sys.argv[1:] if argv is None else argv)
         if sys.stdout is not None:
-            sys.stdout.flush()  # here, where it can still be said that it failed
+            _flush_output()
     except BrokenPipeError:
         _drop_output()
         return READER_GONE
@@ -50,12 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def command() -> NoReturn:
     """The `cowkit` command: :func:`main`, and the end of the process with its status."""
-    status = main()
-    threading = sys.modules.get("threading")
-    if threading is None or threading.active_count() == 1:
-        # With all said and written, and nobody left to wait for, taking the interpreter apart is 3 to 6 ms for nothing.
-        atexit._run_exitfuncs()
-        os._exit(status)
+    try:
+        status = main()
+        threading = sys.modules.get("threading")
+        if threading is None or threading.active_count() == 1:
+            # With all said and written, and nobody left to wait for, taking the interpreter apart is 3 to 6 ms for nothing.
+            atexit._run_exitfuncs()
+            os._exit(status)
+    except KeyboardInterrupt:  # within the end itself
+        os._exit(INTERRUPTED)
     sys.exit(status)
 
 
@@ -98,6 +101,17 @@ def note(text: str) -> None:
         print(f"cowkit: {printable(text)}", file=sys.stderr, flush=True)
     except (OSError, ValueError):
         pass
+
+
+def _flush_output() -> None:
+    """Write what is still buffered, while it can still be said that it failed."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _drop_output()
+        raise OSError(error.errno, f"{error.strerror}; all else is done", "standard output") from error
 
 
 def _drop_output() -> None:

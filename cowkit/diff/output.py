@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Self
 
 from cowkit.diff.bulk_writer import BulkWriter
-from cowkit.disk.files import NO_DISK
+from cowkit.disk.files import NO_DISK, names_descriptor
 from cowkit.errors import OutputError
 
 _REFUSED = {**NO_DISK, stat.S_IFBLK: "a block device"}
@@ -178,6 +178,10 @@ class AtomicOutput:
                 raise OutputError(f"cannot write {self.path}: it is the same file as {spare}, which is still needed")
         if not self.path or self.path.endswith("/"):
             raise OutputError(f"cannot write {self.path!r}: give the name of a file")
+        if names_descriptor(self.path):
+            raise OutputError(
+                f"cannot write {self.path}: an image cannot be written to an open descriptor, name a file"
+            )
         try:
             status = os.stat(self._target)
         except FileNotFoundError:

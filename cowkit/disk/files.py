@@ -45,6 +45,10 @@ def is_same_file(path: str, other: str | None) -> bool:
         return False
 
 
+_MOST_LINKS = 40
+"""As many in a row as Linux follows."""
+
+
 def pread_whole(fd: int, buffer: memoryview, offset: int) -> None:
     """Fill ``buffer`` from ``offset`` on.
 
@@ -129,3 +133,15 @@ def _type_of_file_system(fd: int) -> str | None:
     except OSError:
         pass
     return None
+
+
+def names_descriptor(path: str) -> bool:
+    """Whether ``path`` leads to an open file of whichever process follows it: ``/dev/stdout``, ``/dev/fd/1``, ``/proc/self/fd/1``."""
+    for _ in range(_MOST_LINKS):
+        folder = os.path.realpath(os.path.dirname(os.path.abspath(path)))
+        if folder.startswith("/proc/") and folder.endswith("/fd"):
+            return True
+        if not os.path.islink(path):
+            return False
+        path = os.path.join(folder, os.readlink(path))
+    return False

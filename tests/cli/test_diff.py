@@ -266,6 +266,9 @@ def test_an_output_that_cannot_be_is_one_clear_line(base: Path, tmp_path: Path, 
         "/dev/full",
         "x" * 300,
         "disk.img/x",
+        "/dev/stdout",
+        "/proc/self/fd/2",
+        "",
     ):
         complaint(cowkit("diff", "--base", base, "-o", output))
     assert base.read_bytes() == before
@@ -372,6 +375,21 @@ def test_a_relative_path_on_the_wire_is_refused(base: Path, serve: Serve) -> Non
         for asked in ({"path": "x"}, {"path": "/x", "base": "x", "base-path": "x"}, {"path": "/x", "base": "x"}):
             with pytest.raises(ControlError, match=r"relative, and the server|makes no sense without base-path"):
                 client.execute("cowkit-diff", asked)
+
+
+def test_a_name_in_proc_means_what_it_means_to_who_asks(base: Path, tmp_path: Path, serve: Serve, cowkit: Run) -> None:
+    write(serve(base).uri, b"boo", 4097)
+    (tmp_path / "sub").mkdir()
+    cowkit("diff", "--base", base, "-o", "/proc/self/cwd/own.qcow2", cwd=tmp_path / "sub")
+    assert [entry.name for entry in (tmp_path / "sub").iterdir()] == ["own.qcow2"]
+
+
+def test_an_image_under_a_name_of_another_format_is_told_of(
+    base: Path, tmp_path: Path, serve: Serve, cowkit: Run
+) -> None:
+    write(serve(base).uri, b"boo", 4097)
+    done = cowkit("diff", "--base", base, "-o", "now.qcow2", "--raw")
+    assert done.stderr == "cowkit: now.qcow2 is a raw image, whatever its name says\n"
 
 
 def test_an_output_or_an_answer_must_be_asked_for(cowkit: Run) -> None:

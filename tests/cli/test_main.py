@@ -70,6 +70,7 @@ def test_help_in_a_terminal_says_the_same(cowkit: Run) -> None:
         (["dif"], "there is no command 'dif'; did you mean 'diff'? (see `cowkit --help`)"),
         (["frobnicate"], "there is no command 'frobnicate' (see `cowkit --help`)"),
         (["--frobnicate"], "(see `cowkit --help`)"),
+        (["diff", "disk.img", "-o", "x"], "unrecognized arguments: disk.img: a base is given by --base"),
         (["ls", "more"], "unrecognized arguments: more (see `cowkit ls --help`)"),
         (["ls", "--", "more"], "unrecognized arguments"),
     ],
@@ -104,9 +105,12 @@ def test_a_reader_that_goes_away_is_no_complaint() -> None:
 
 
 def test_output_that_cannot_be_written_is_said() -> None:
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with open("/dev/full", "w") as full:
-        done = subprocess.run([*COWKIT, "--version"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert (done.returncode, done.stderr) == (2, "cowkit: No space left on device\n")
+        done = subprocess.run(
+            [*COWKIT, "ls", "--json"], stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=buffered
+        )
+    assert (done.returncode, done.stderr) == (2, "cowkit: standard output: No space left on device; all else is done\n")
 
 
 def test_an_interruption_is_quiet() -> None:
@@ -118,6 +122,12 @@ def test_an_interruption_is_quiet() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_an_interruption_at_the_end_is_quiet_too() -> None:
+    code = "import cowkit.cli.main as main\ndef stop(): raise KeyboardInterrupt\nmain.main = stop\nmain.command()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "")
 
 
 # Completion

@@ -189,6 +189,9 @@ def test_what_a_qcow2_base_stands_on_is_not_replaced(tmp_path: Path) -> None:
         ("/sys/cowkit", "Permission denied|Read-only|not permitted"),
         ("x" * 256, "name too long"),
         ("loop", "symbolic links"),
+        ("/dev/stdout", "open descriptor"),
+        ("/dev/fd/1", "open descriptor"),
+        ("/proc/self/fd/1", "open descriptor"),
         ("nul\0", "null"),
     ],
 )
@@ -206,6 +209,13 @@ def test_what_cannot_be_written_is_refused_with_the_reason(
     assert path.rstrip("\0") in str(caught.value)
     assert "\n" not in str(caught.value)
     assert names(tmp_path) == before
+
+
+def test_a_link_to_standard_output_is_no_file_to_write(tmp_path: Path) -> None:
+    (tmp_path / "one").symlink_to("/dev/stdout")
+    (tmp_path / "two").symlink_to("one")
+    with pytest.raises(OutputError, match="open descriptor"):
+        write(tmp_path / "two")
 
 
 AS_SOMEBODY = """

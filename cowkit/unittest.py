@@ -14,6 +14,7 @@ where ``--cow-server`` says, as those of the plugin's fixtures; their base is th
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping
 from functools import cached_property
@@ -21,6 +22,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from cowkit.cow_disk import CowDisk
+from cowkit.errors import UsageError
 
 if TYPE_CHECKING:
     from unittest import TestCase as _TestCase
@@ -58,14 +60,22 @@ class CowDiskMixin(_TestCase):
         """This test's disk.
 
         :raises CowkitError: what :class:`cowkit.CowDisk` raises.
+        :raises UsageError: ``cow_options`` is no mapping, or has what CowDisk does not.
         """
+        if not isinstance(self.cow_options, Mapping):
+            raise UsageError(
+                f"cow_options is a dict of CowDisk's options, such as {{'size': '1G'}}, not {self.cow_options!r}"
+            )
+        _check_names(self.cow_options, "cow_options")
         return self.make_cow_disk(self.cow_base, **self.cow_options)
 
     def make_cow_disk(self, base: str | os.PathLike[str] | None = None, **options: Any) -> CowDisk:
         """One more disk, which is closed at the end of the test; what went wrong in its servers is an error of the test.
 
         :raises CowkitError: what :class:`cowkit.CowDisk` raises.
+        :raises UsageError: an option that it does not have.
         """
+        _check_names(options, "make_cow_disk")
         if base is None and options.get("size") is None:
             options = {**options, "size": BLANK_SIZE}
         run = self.cow_run
@@ -82,3 +92,10 @@ class CowDiskMixin(_TestCase):
         if run is not None:
             run.add(disk)
         return disk
+
+
+def _check_names(options: Mapping[str, Any], what: str) -> None:
+    known = [name for name in inspect.signature(CowDisk).parameters if name != "base"]
+    unknown = [str(name) for name in options if name not in known]
+    if unknown:
+        raise UsageError(f"{what} has no argument {', '.join(unknown)}: it has {', '.join(known)}")

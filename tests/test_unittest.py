@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cowkit import CowDisk
+from cowkit.errors import UsageError
 from cowkit.unittest import CowDiskMixin
 
 
@@ -78,3 +79,26 @@ def test_a_test_of_asyncio_uses_a_disk_without_holding_up_its_loop() -> None:
 
     result = run(Case)
     assert (result.testsRun, result.failures, result.errors) == (1, [], [])
+
+
+def test_options_that_there_are_not_are_named() -> None:
+    class Case(CowDiskMixin, unittest.TestCase):
+        cow_options = {"sise": 1}
+
+        def test_class(self) -> None:
+            with pytest.raises(UsageError, match="cow_options has no argument sise: it has size, "):
+                self.cow_disk.flush()
+
+        def test_call(self) -> None:
+            with pytest.raises(UsageError, match="make_cow_disk has no argument sise: it has size, "):
+                self.make_cow_disk(sise=1)
+
+    class NoMapping(CowDiskMixin, unittest.TestCase):
+        cow_options = ["size"]  # type: ignore[assignment]
+
+        def test_it(self) -> None:
+            with pytest.raises(UsageError, match=r"cow_options is a dict of CowDisk's options, .* not "):
+                self.cow_disk.flush()
+
+    for case in (Case, NoMapping):
+        assert run(case).wasSuccessful()

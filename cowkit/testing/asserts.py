@@ -35,7 +35,7 @@ def assert_same(disk: Comparable, other: Comparable, ranges: Sequence[Range] | N
 
     :param ranges: compare only these, which both must have; then their sizes may differ.
     :raises AssertionError: they differ; it says where, in which structure of the disk, and shows the bytes.
-    :raises UsageError: a range is not within both, or what was given cannot be compared.
+    :raises UsageError: there is no range, or one is not within both, or what was given cannot be compared.
     :raises CowkitError: one cannot be opened or read.
     """
     __tracebackhide__ = True
@@ -54,7 +54,7 @@ def assert_unchanged(
     :param ranges: only in these; in all of it unless given.
     :param since: as it was at this checkpoint, instead.
     :raises AssertionError: something changed; it says where, in which structure of the disk, and shows the bytes.
-    :raises UsageError: it is no disk of cowkit's, or a range is not within it.
+    :raises UsageError: it is no disk of cowkit's, or there is no range, or one is not within it.
     :raises CheckpointError: the disk has no such checkpoint.
     """
     __tracebackhide__ = True
@@ -112,15 +112,18 @@ def _compare(
     found = find_differences(actual, expected, _within(parts, wanted))
     lines = []
     if ranges is None and actual.size != expected.size:
-        lines.append(f"{name} has {actual.size} bytes and {other} has {expected.size}")
+        lines.append(f"the size of {name} is {actual.size} bytes, and that of {other} {expected.size}")
     if found is not None:
         lines += _described(found, actual, expected, name, other)
     return "\n".join(lines) or None
 
 
 def _checked(ranges: Sequence[Range], size: int) -> list[tuple[int, int]]:
+    given = list(ranges)
+    if not given:
+        raise UsageError("ranges is empty, so nothing would be compared: give some, or leave it out to compare all")
     found = []
-    for each in ranges:
+    for each in given:
         try:
             offset, length = each
         except (TypeError, ValueError):
@@ -149,8 +152,10 @@ def _described(found: Differences, actual: Base, expected: Base, name: str, othe
     count = "1 byte differs" if found.differing == 1 else f"{found.differing} bytes differ"
     so_far = "" if found.looked_to is None else f", up to byte {found.looked_to}, where looking ended"
     yield f"{name} is not as {other}: {count} in {runs}{so_far}"
-    for offset, length in found.extents:
-        yield f"  {length} at byte {offset} (0x{offset:x}){_structure(actual, expected, offset)}"
+    for (offset, length), differing in zip(found.extents, found.counts, strict=True):
+        # Few equal bytes between ones that differ are part of an extent.
+        where = f"{length} at" if differing == length else f"{differing} of the {length} from"
+        yield f"  {where} byte {offset} (0x{offset:x}){_structure(actual, expected, offset)}"
     if found.total > len(found.extents):
         yield f"  and {found.total - len(found.extents)} more"
     yield f"the first, - {other}, + {name}:"

@@ -21,6 +21,8 @@ class Differences(NamedTuple):
 
     extents: list[tuple[int, int]]
     """Offset and length of the first few."""
+    counts: list[int]
+    """How many bytes differ in each of those."""
     total: int
     """How many extents there are."""
     differing: int
@@ -39,6 +41,7 @@ def find_differences(one: Base, other: Base, ranges: Iterable[tuple[int, int]]) 
     left, right = bytearray(_PIECE), bytearray(_PIECE)
     left_view, right_view = memoryview(left), memoryview(right)
     extents: list[tuple[int, int]] = []
+    counts: list[int] = []
     count = differing = read = 0
     previous = -1
     for start, end in ranges:
@@ -57,14 +60,16 @@ def find_differences(one: Base, other: Base, ranges: Iterable[tuple[int, int]]) 
                     if first - previous < 16 and count:
                         if count <= len(extents):
                             extents[-1] = (extents[-1][0], last - extents[-1][0])
+                            counts[-1] += len(run[0]) - run[0].count(0)
                     else:
                         count += 1
                         if len(extents) < _NAMED:
                             extents.append((first, last - first))
+                            counts.append(len(run[0]) - run[0].count(0))
                     previous = last
             if read > _GOES_ON:
-                return Differences(extents, count, differing, offset + length)
-    return Differences(extents, count, differing, None) if count else None
+                return Differences(extents, counts, count, differing, offset + length)
+    return Differences(extents, counts, count, differing, None) if count else None
 
 
 def _apart(one: memoryview, other: memoryview) -> bytes:

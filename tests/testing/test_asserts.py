@@ -80,6 +80,23 @@ def test_the_message_shows_extents_the_structure_and_the_bytes_of_both_sides() -
     ]
 
 
+def test_an_extent_with_equal_bytes_in_it_says_how_many_of_its_bytes_differ() -> None:
+    with pytest.raises(AssertionError) as raised:
+        assert_same(b"x\0" * 500 + bytes(1000) + b"yy", bytes(2002))
+    lines = str(raised.value).splitlines()
+    assert lines[0].endswith(": 502 bytes differ in 2 extents")
+    assert lines[1:3] == ["  500 of the 999 from byte 0 (0x0)", "  2 at byte 2000 (0x7d0)"]
+
+
+def test_no_range_at_all_is_refused_since_it_would_compare_nothing(image: Path) -> None:
+    with CowDisk(image) as disk:
+        disk.pwrite(b"changed", 70_000)
+        with pytest.raises(UsageError, match="ranges is empty, so nothing would be compared"):
+            assert_unchanged(disk, [])
+        with pytest.raises(UsageError, match="ranges is empty, so nothing would be compared"):
+            assert_same(disk, image, ())
+
+
 @pytest.mark.requires("mke2fs")
 @SERVERS
 def test_the_structure_is_told_by_the_side_that_is_whole(tmp_path: Path, server: Any) -> None:
@@ -93,7 +110,7 @@ def test_the_structure_is_told_by_the_side_that_is_whole(tmp_path: Path, server:
 
 
 def test_different_sizes_are_a_difference_unless_ranges_are_given() -> None:
-    with pytest.raises(AssertionError, match=r"^the bytes .* has 3 bytes and the bytes given .* has 4$"):
+    with pytest.raises(AssertionError, match=r"^the size of the bytes .* is 3 bytes, and that of the bytes .* 4$"):
         assert_same(b"abc", b"abc\0")
     assert_same(b"abc", b"abc\0", [(0, 3)])
     assert_same(b"", b"")
@@ -199,7 +216,9 @@ def test_the_asserts_own_frames_are_not_in_the_report(pytester: pytest.Pytester)
     """)
     result = pytester.runpytest_inprocess("-p", "no:hypothesispytest")
     result.assert_outcomes(failed=2)
-    result.stdout.fnmatch_lines(["E*blank has 67108864 bytes and *", "E*blank is not as its base: 1 byte differs*"])
+    result.stdout.fnmatch_lines(
+        ["E*the size of blank is 67108864 bytes, and *", "E*blank is not as its base: 1 byte differs*"]
+    )
     result.stdout.no_fnmatch_line("*cowkit/testing/asserts.py*")
 
 

@@ -22,6 +22,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from cowkit.cow_disk import CowDisk
+from cowkit.disk.arguments import check_names
 from cowkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class CowDiskMixin(_TestCase):
             raise UsageError(
                 f"cow_options is a dict of CowDisk's options, such as {{'size': '1G'}}, not {self.cow_options!r}"
             )
-        _check_names(self.cow_options, "cow_options")
+        check_names(self.cow_options, _names_of_options(), "cow_options")
         return self.make_cow_disk(self.cow_base, **self.cow_options)
 
     def make_cow_disk(self, base: str | os.PathLike[str] | None = None, **options: Any) -> CowDisk:
@@ -75,7 +76,7 @@ class CowDiskMixin(_TestCase):
         :raises CowkitError: what :class:`cowkit.CowDisk` raises.
         :raises UsageError: an option that it does not have.
         """
-        _check_names(options, "make_cow_disk")
+        check_names(options, _names_of_options(), "make_cow_disk")
         if base is None and options.get("size") is None:
             options = {**options, "size": BLANK_SIZE}
         run = self.cow_run
@@ -94,8 +95,5 @@ class CowDiskMixin(_TestCase):
         return disk
 
 
-def _check_names(options: Mapping[str, Any], what: str) -> None:
-    known = [name for name in inspect.signature(CowDisk).parameters if name != "base"]
-    unknown = [str(name) for name in options if name not in known]
-    if unknown:
-        raise UsageError(f"{what} has no argument {', '.join(unknown)}: it has {', '.join(known)}")
+def _names_of_options() -> list[str]:
+    return [name for name in inspect.signature(CowDisk).parameters if name != "base"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from cowkit.errors import UsageError
 
 
@@ -40,3 +42,14 @@ def check_function(value: object, what: str) -> None:
     """
     if not callable(value):
         raise UsageError(f"{what} is a function, not {value!r}")
+
+
+def check_names(given: Iterable[object], known: Sequence[str], what: str) -> None:
+    """See that all that is ``given`` by name is ``known``.
+
+    :param what: what takes them, for the error message.
+    :raises UsageError: something is not; the message names what there is.
+    """
+    unknown = [str(name) for name in given if name not in known]
+    if unknown:
+        raise UsageError(f"{what} has no argument {', '.join(unknown)}: it has {', '.join(known)}")

@@ -183,11 +183,17 @@ def estimate_lines(report: ChangesReport) -> Iterator[str]:
     found = report.estimate
     if found is None:
         return
-    of = "" if found.cluster_size is None else f" (clusters of {format_size(found.cluster_size)})"
+    of = "" if found.cluster_size is None else f" (clusters of {_kind(found.cluster_size, found.subclusters)})"
     yield f"the image would have {format_size(found.file_size)} and take {format_size(found.allocated)} on disk{of}"
     for each in found.others:
-        kind = f"{format_size(each.cluster_size)}{', subclusters' if each.subclusters else ''}"
+        kind = _kind(each.cluster_size, each.subclusters)
         yield f"  clusters of {kind:<20} {format_size(each.file_size):>10}, {format_size(each.allocated):>10} on disk"
+
+
+def _kind(cluster_size: int, subclusters: bool) -> str:
+    from cowkit.disk.sizes import format_size
+
+    return f"{format_size(cluster_size)}{', subclusters' if subclusters else ''}"
 
 
 # --map

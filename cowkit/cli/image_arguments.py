@@ -24,6 +24,8 @@ def add_image_arguments(parser: argparse.ArgumentParser, *, format_option: str, 
     :param format_option: the long spelling of ``-O``.
     :param what: whose image it is, for the help page.
     """
+    from argparse import BooleanOptionalAction  # who reads the commonest command lines does without
+
     image = parser.add_argument_group(f"what kind of image{what} (default: qcow2 on top of the base)")
     image.add_argument(
         "--cluster-size",
@@ -32,8 +34,10 @@ def add_image_arguments(parser: argparse.ArgumentParser, *, format_option: str, 
     )
     image.add_argument(
         "--subclusters",
-        action="store_true",
-        help="divide clusters by 32, so that a small change costs little (needs QEMU 5.2 to read it)",
+        action=BooleanOptionalAction,
+        default=None,
+        help="divide clusters by 32, so that a small change costs little (needs QEMU 5.2 to read it); "
+        "default: where that saves 16M or more",
     )
     image.add_argument(
         "--compress", choices=("zlib", "zstd"), help="compress each cluster (zstd: needs QEMU 5.1 to read it)"
@@ -82,8 +86,10 @@ def add_image_arguments(parser: argparse.ArgumentParser, *, format_option: str, 
 
 def asked_kind(arguments: argparse.Namespace) -> dict[str, Any]:
     """What was asked for, by the names of :class:`cowkit.diff.ImageOptions`; nothing of what was not."""
-    names = ("subclusters", "compress", "bitmap", "standalone", "raw", "hash", "engine")
+    names = ("compress", "bitmap", "standalone", "raw", "hash", "engine")
     kind = {name: value for name in names if (value := getattr(arguments, name)) is not None and value is not False}
+    if arguments.subclusters is not None:
+        kind["subclusters"] = arguments.subclusters
     if arguments.image_format is not None:
         kind["format"] = arguments.image_format
     if arguments.cluster_size is not None:

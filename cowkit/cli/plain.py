@@ -21,8 +21,9 @@ DEFAULTS: dict[str, Any] = {
     **dict.fromkeys(("output", "backing_file", "backing_format", "base", "source", "since", "at", "svg")),
     **dict.fromkeys(("base_format", "from_format", "from_context")),
     **dict.fromkeys(("cluster_size", "compress", "bitmap", "hash", "image_format", "engine", "secret_file", "behind")),
+    "subclusters": None,
     **dict.fromkeys(("json", "json_schema", "exit_code", "stat", "map", "files", "estimate"), False),
-    **dict.fromkeys(("subclusters", "standalone", "raw"), False),
+    **dict.fromkeys(("standalone", "raw"), False),
     "image_options": [],
 }
 """What `cowkit diff` has for each argument that is not given."""

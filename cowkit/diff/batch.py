@@ -29,7 +29,10 @@ class Run(NamedTuple):
 _MOST_PARTS = 800
 """Parts of a gathered write, about; the system takes 1,024 (IOV_MAX)."""
 
-_FIRST_PARTS = 64
+_MOST_CONTENT = 4 << 20
+"""Bytes of a gathered write, about."""
+
+_FIRST_PARTS, _FIRST_CONTENT = 64, 1 << 20
 """Those of the first one: the sooner it is handed over, the sooner somebody writes."""
 
 
@@ -73,7 +76,8 @@ class Gathering:
         self._cluster = cluster_size
         self._in_parts = in_parts
         self._parts: list[memoryview] = []
-        self._most_parts = _FIRST_PARTS
+        self._most_parts, self._most_content = _FIRST_PARTS, _FIRST_CONTENT
+        self._content = 0
         size = max(_MEMORY, cluster_size)
         self._memory, self._other_memory = _pages(size), _pages(size)
         self._filled = 0
@@ -91,6 +95,7 @@ class Gathering:
             len(self._memory) - self._filled < self._cluster
             or len(self._runs) >= _MOST_RUNS
             or len(self._parts) >= self._most_parts
+            or self._content >= self._most_content
         )
 
     def __bool__(self) -> bool:
@@ -111,6 +116,7 @@ class Gathering:
     def add_parts(self, offset: int, length: int, parts: Sequence[memoryview], used: int) -> None:
         """One run of ``DATA`` more, whose content is ``parts``, ``used`` bytes of them in the memory behind the content."""
         self._filled += used
+        self._content += length
         self._parts += parts
         self._run(offset, length, Kind.DATA)
 
@@ -126,7 +132,8 @@ class Gathering:
     def take(self) -> Batch:
         """The batch so far; the next one begins."""
         batch = Batch(self._runs, self._memory[: self._filled], self._parts if self._in_parts else None)
-        self._runs, self._parts, self._filled, self._most_parts = [], [], 0, _MOST_PARTS
+        self._runs, self._parts, self._filled, self._content = [], [], 0, 0
+        self._most_parts, self._most_content = _MOST_PARTS, _MOST_CONTENT
         self._memory, self._other_memory = self._other_memory, self._memory
         return batch
 

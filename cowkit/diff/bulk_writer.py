@@ -43,6 +43,9 @@ class BulkWriter:
     """Where the file is, for opening it a second time; set before the first write."""
     fd = -1
     """The file; set before the first write, too."""
+    replaces = False
+    """Whether it is to be renamed to replace another one. One that has a single block to be allocated yet is then written to the
+    disk as a whole by the rename (ext4, auto_da_alloc): of 62 MiB, that took 30 to 80 ms."""
 
     def __init__(self, pwritev: Callable[[Sequence[memoryview], int], None]) -> None:
         self._pwritev = pwritev
@@ -63,8 +66,10 @@ class BulkWriter:
         :raises OSError: what the last write raised.
         """
         if length < _SMALL:
-            self.drain()
-            self.allocate(length, offset)
+            if self._under_way:
+                self.drain()
+            if self.replaces:
+                self.allocate(length, offset)
             self._pwritev(pieces, offset)
             return
         if length < _LARGE and self._cost.get(False, 0) <= _SLOW and self._thread is None:

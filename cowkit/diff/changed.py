@@ -3,7 +3,9 @@
 *Dirty* is what was written or zeroed; *changed* is what of it differs from the base. They are compared in blocks of
 the disk, or in clusters where those are smaller; an image carries whole clusters.
 
-- Each byte is read at most once: of a cluster that is dirty in part, the base's whole cluster and the dirty pieces.
+- Of whole clusters that were written, samples are compared, and what surely changed goes from the layer's file to the image without
+  coming here (:mod:`cowkit.diff.sieve`).
+- Of all else, each byte is read at most once: of a cluster that is dirty in part, the base's whole cluster and the dirty pieces.
 - Holes of the base are not read. Its data are read even under what was zeroed: whether a file system calls zeroes data or a
   hole may depend on what is in the page cache (SEEK_DATA of unwritten extents), and what changed must not.
 - Long runs are dealt with as runs: a range that is trimmed where the base has a hole costs one question to the base.
@@ -15,12 +17,16 @@ again, since memory that is touched for the first time costs more than what is r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
+from cowkit.diff.base_map import BaseMap
 from cowkit.diff.batch import Batch, Gathering
+from cowkit.diff.clusters import Part, by_cluster
 from cowkit.diff.qcow2.layout import down, image_size, up
+from cowkit.diff.sieve import LEAST_UNIT, Sieve
 from cowkit.diff.tally import Tally
+from cowkit.disk import ZeroBase
 from cowkit.disk.extent import Extent, Kind
 
 if TYPE_CHECKING:
@@ -34,75 +40,6 @@ _MOST_PIECES = 64
 
 _STEPS = 200
 """How often progress is told, about."""
-
-
-class Part(NamedTuple):
-    """The cluster at ``start``, of which ``pieces`` are dirty, in order."""
-
-    start: int
-    pieces: list[Extent]
-
-
-def by_cluster(extents: Iterable[Extent], cluster_size: int) -> Iterator[Part | Extent]:
-    """The same extents in order, as clusters that are dirty in part and runs of clusters that are dirty as a whole."""
-    part: Part | None = None
-    for extent in extents:
-        offset, length, kind = extent
-        end = offset + length
-        start = down(offset, cluster_size)
-        if part is not None and part.start != start:
-            yield part
-            part = None
-        if end < start + cluster_size or (start < offset and end == start + cluster_size):  # lies within a cluster
-            if part is None:
-                part = Part(start, [extent])
-            else:
-                part.pieces.append(extent)
-            continue
-        first, last = up(offset, cluster_size), down(end, cluster_size)
-        if offset < first:  # begins within one
-            piece = Extent(offset, first - offset, kind)
-            if part is None:
-                part = Part(start, [piece])
-            else:
-                part.pieces.append(piece)
-            yield part
-        part = None
-        if first < last:
-            yield Extent(first, last - first, kind)
-        if last < end:  # ends within another
-            part = Part(last, [Extent(last, end - last, kind)])
-    if part is not None:
-        yield part
-
-
-class BaseMap:
-    """Data and holes of the base, asked for as needed; beyond the base's end is one hole."""
-
-    def __init__(self, view: View) -> None:
-        self._base = view.base
-        self._size = view.size
-        self._known = Extent(0, 0, Kind.HOLE)
-
-    def at(self, offset: int) -> Extent:
-        """The extent that ``offset`` lies in, or the rest of it."""
-        known = self._known
-        if not known[0] <= offset < known[0] + known[1]:
-            known = self._known = next(self.extents(offset, self._size - offset))
-        return known
-
-    def is_hole(self, offset: int, length: int) -> bool:
-        """Whether the whole range is one hole."""
-        start, size, kind = self.at(offset)
-        return kind is Kind.HOLE and start + size >= offset + length
-
-    def extents(self, offset: int, length: int) -> Iterator[Extent]:
-        """Data and holes of a range."""
-        inside = max(0, min(length, self._base.size - offset))
-        if inside:
-            yield from self._base.extents(offset, inside)
-        if length > inside:
-            yield Extent(offset + inside, length - inside, Kind.HOLE)
 
 
 class Changes:
@@ -131,6 +68,9 @@ class Changes:
         self._map = BaseMap(view)
         self._batch = Gathering(cluster_size, in_parts=in_parts)
         self._mapped = view.base.view if in_parts else None
+        self._sieve: Sieve | None = None
+        if in_parts and self._unit >= LEAST_UNIT and (self._mapped is not None or isinstance(view.base, ZeroBase)):
+            self._sieve = Sieve(view, self._map, self._mapped, self._unit, cluster_size)
         self._sparse = view.base.sparse
         self._aside = bytearray(self._piece)  # what the batch's content is compared with
         self._aside_view = memoryview(self._aside)
@@ -146,16 +86,28 @@ class Changes:
     def __iter__(self) -> Iterator[Batch]:
         at = -1
         batch = self._batch
+        sieve = self._sieve
         for work in by_cluster(self._counted(), self._cluster):
+            if type(work) is Extent and work[2] is Kind.DATA:
+                offset, length, _ = work
+                if sieve is None:
+                    yield from self._written(offset, offset + length)
+                elif sieve.has_room(length) and sieve.add(offset, offset + length):
+                    pass  # it is for the next sifting: what scattered changes cost most is to get here
+                else:
+                    yield from self._long(sieve, offset, offset + length)
+                continue
+            if sieve:
+                yield from self._sifted(sieve)
             if isinstance(work, Part):
                 if batch.is_full:
                     yield batch.take()
                 at, pieces = work
                 self._dirty_in_part(at, pieces)
-            elif work.kind is Kind.DATA:
-                yield from self._written(work.offset, work.end)
             else:
                 yield from self._zeroed(work.offset, work.end)
+        if sieve:
+            yield from self._sifted(sieve)
         if self._forced > at:
             if self._batch.is_full:
                 yield self._batch.take()
@@ -169,6 +121,8 @@ class Changes:
     def close(self) -> None:
         """Let go of the base's mapping, which an exception's traceback would keep, and with it a descriptor."""
         self._mapped = None
+        if self._sieve is not None:
+            self._sieve.close()
 
     def _counted(self) -> Iterator[Extent]:
         for extent in self._view.dirty_extents():
@@ -284,6 +238,33 @@ class Changes:
     def _is_zero_over_holes(self, pieces: list[Extent]) -> bool:
         """Whether all of ``pieces`` are zeroed where the base has nothing."""
         return all(not (kind is Kind.DATA or not self._map.is_hole(offset, length)) for offset, length, kind in pieces)
+
+    def _long(self, sieve: Sieve, start: int, end: int) -> Iterator[Batch]:
+        """A run that there is no room for in the sieve, or that it does not take."""
+        while start < end:
+            stop = min(start + sieve.longest, end)
+            if not sieve.has_room(stop - start):
+                yield from self._sifted(sieve)
+            if not sieve.add(start, stop):
+                yield from self._sifted(sieve)
+                yield from self._written(start, stop)
+            start = stop
+
+    def _sifted(self, sieve: Sieve) -> Iterator[Batch]:
+        """All that is in the sieve."""
+        batch, tally = self._batch, self.tally
+        for start, end, parts in sieve.sift():
+            if parts is None:
+                yield from self._written(start, end)
+                continue
+            if batch.is_full:
+                yield batch.take()
+            length = end - start
+            tally.mark(start, length, Kind.DATA)
+            tally.bytes_read += length  # by the system, on its way to the image
+            batch.add_parts(start, length, parts, 0)
+            self._advance(length)
+        tally.bytes_read += sieve.take_bytes_read()
 
     def _written(self, start: int, end: int) -> Iterator[Batch]:
         while start < end:

@@ -20,7 +20,7 @@ class Order(NamedTuple):
     view: View
     """The two states."""
     shape: Geometry
-    """Of a qcow2 image; ``shape.grain`` is what changes are looked for in."""
+    """Of a qcow2 image."""
     backing_file: str | None
     """The name of the base to record."""
     backing_format: str
@@ -30,6 +30,11 @@ class Order(NamedTuple):
     progress: Progress | None
     snapshots: tuple[str | None, str | None] = (None, None)
     """What an rbd difference calls the state before and the state now; None where they have no names."""
+
+    @property
+    def portion(self) -> int:
+        """What changes are looked for in, in bytes."""
+        return self.shape.portion(self.view.block_size)
 
 
 class Filled(NamedTuple):

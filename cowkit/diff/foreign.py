@@ -95,6 +95,11 @@ class ForeignView:
         self.close()
 
     @property
+    def dirty_is_known(self) -> bool:
+        """Whether all has been compared, and need not be again to tell what is dirty."""
+        return self._found is not None
+
+    @property
     def dirty_bytes(self) -> int:
         """How many bytes differ, in whole blocks; compares all of it, if that has not been done yet."""
         return sum(extent.length for extent in self.dirty_extents())
@@ -145,6 +150,10 @@ class ForeignView:
         if buffer:
             self._read_now(buffer, offset)
             self.bytes_read += len(buffer)
+
+    def mapped(self, offset: int, end: int) -> Iterator[tuple[int, int, memoryview | None]]:
+        """One piece without a mapping: what was read for the comparison is at hand."""
+        yield offset, end, None
 
     def read_base_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer`` with what ``base`` has, and zeroes beyond its end.

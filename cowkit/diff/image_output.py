@@ -17,6 +17,9 @@ class ImageOutput(Protocol):
     def pwrite_meanwhile(self, data: memoryview, offset: int) -> None:
         """The same by the end; ``data`` stay as they are until the next call returns."""
 
+    def pwrite_scattered(self, pieces: Sequence[tuple[memoryview, int]]) -> None:
+        """Write pieces, each at the offset beside it, of a few KiB each."""
+
     def pwritev_meanwhile(self, pieces: Sequence[memoryview], length: int, offset: int) -> None:
         """The same for pieces that lie one behind another in it, ``length`` bytes in all."""
 
@@ -43,6 +46,11 @@ class CountingOutput:
         self._count(len(data), offset)
 
     pwrite_meanwhile = pwrite
+
+    def pwrite_scattered(self, pieces: Sequence[tuple[memoryview, int]]) -> None:
+        """Count each at its offset."""
+        for data, offset in pieces:
+            self._count(len(data), offset)
 
     def pwritev_meanwhile(self, pieces: Sequence[memoryview], length: int, offset: int) -> None:
         """Count them at ``offset``."""

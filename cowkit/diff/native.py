@@ -24,6 +24,7 @@ from cowkit.diff.qcow2.writer import Qcow2Writer
 from cowkit.diff.raw_writer import RawWriter
 from cowkit.diff.rbd_writer import RbdWriter
 from cowkit.diff.report import DiffReport, count_changed
+from cowkit.diff.scattered import settled
 from cowkit.diff.whole import Whole
 from cowkit.disk.view_base import ViewBase
 from cowkit.errors import OutputError, UsageError
@@ -67,6 +68,8 @@ def write_diff(
     begun = time.perf_counter()
     engine = engine or NATIVE
     options.check()
+    if engine is NATIVE:
+        options = settled(options, view)
     shape = shape_for(view.size, options)
     if options.bitmap is not None and not view.size:
         raise UsageError("an empty disk has nothing for a bitmap to mark, and QEMU refuses such an image: leave it out")
@@ -115,6 +118,7 @@ def write_diff(
         format=options.kind,
         size=view.size,
         base_size=None if view.base.given is None else view.base.size,
+        subclusters=shape.subclusters,
     )
 
 
@@ -125,7 +129,7 @@ def shape_for(size: int, options: ImageOptions) -> Geometry:
     """
     if options.is_raw or options.is_rbd:  # without tables that could be too small
         return Geometry(image_size(size), options.cluster)
-    return geometry(size, options.cluster, subclusters=options.subclusters)
+    return geometry(size, options.cluster, subclusters=bool(options.subclusters))
 
 
 class Native:
@@ -137,10 +141,10 @@ class Native:
         """See :meth:`cowkit.diff.engine.Engine.fill`."""
         view, shape, options = order.view, order.shape, order.options
         # The other kinds of image must see their content, or have it where it belongs.
-        plain = not (options.has_all or options.is_rbd or options.subclusters or options.compress)
-        changes = Changes(view, shape.grain, order.progress, in_parts=plain)
+        plain = not (options.has_all or options.is_rbd or options.compress)
+        changes = Changes(view, order.portion, order.progress, in_parts=plain)
         with closing(changes):
-            found: Iterable[Batch] = Whole(view, changes, shape.grain) if options.has_all else changes
+            found: Iterable[Batch] = Whole(view, changes, order.portion) if options.has_all else changes
             batches = _one_at_a_time(found, output)
             if options.is_raw or options.is_rbd:
                 stream: RawWriter | RbdWriter

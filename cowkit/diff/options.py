@@ -40,7 +40,7 @@ class ImageChoice(TypedDict, total=False):
     """The members of :class:`ImageOptions`, which says what they are, as the keyword arguments of a function."""
 
     cluster_size: int | str | None
-    subclusters: bool
+    subclusters: bool | None
     compress: Compression | None
     bitmap: str | None
     standalone: bool
@@ -57,8 +57,9 @@ class ImageOptions(NamedTuple):
 
     cluster_size: int | str | None = None
     """A power of two from 4096 bytes to 2 MiB; 64 KiB unless given. For rbd: what is compared at once, 4 KiB unless given."""
-    subclusters: bool = False
-    """Divide clusters by 32 (extended L2 entries), so that a small change costs little; QEMU before 5.2 cannot read it."""
+    subclusters: bool | None = None
+    """Divide clusters by 32 (extended L2 entries), so that a small change costs little; QEMU before 5.2 cannot read it. Unless
+    given, cowkit chooses by :mod:`cowkit.diff.scattered`, where neither a cluster size nor another engine is given."""
     compress: Compression | None = None
     """Compress each cluster, by ``"zlib"`` or by ``"zstd"``, which QEMU before 5.1 cannot read."""
     bitmap: str | None = None
@@ -185,8 +186,10 @@ class ImageOptions(NamedTuple):
         self.cluster  # noqa: B018 - it refuses what is none
 
     def _check_types(self) -> None:
-        for name in ("subclusters", "standalone", "raw"):
+        for name in ("standalone", "raw"):
             check_flag(getattr(self, name), name)
+        if self.subclusters is not None:
+            check_flag(self.subclusters, "subclusters")
         for name in ("bitmap", "format"):
             if (text := getattr(self, name)) is not None:
                 check_text(text, name)

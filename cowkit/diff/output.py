@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import os
 import stat
+import threading
 import zlib
 from collections.abc import Iterable, Sequence
 from types import TracebackType
@@ -22,6 +23,9 @@ from typing import Self
 from cowkit.diff.bulk_writer import BulkWriter
 from cowkit.disk.files import NO_DISK, names_descriptor
 from cowkit.errors import OutputError
+
+_LONG_TO_DELETE = 1 << 20
+"""Bytes of a file from which on its deletion is for a thread."""
 
 _REFUSED = {**NO_DISK, stat.S_IFBLK: "a block device"}
 
@@ -56,6 +60,7 @@ class AtomicOutput:
             self._open(os.path.join(directory, stem))
             if self._mode is not None:
                 os.fchmod(self._fd, self._mode)
+                self._bulk.replaces = True
         except OSError as error:
             self._discard()
             raise self._failed(error) from error
@@ -102,8 +107,11 @@ class AtomicOutput:
         try:
             if kind is None:
                 self.drain()
+                replaced = self._mode is not None and _hold(self._target)
                 os.rename(self._temporary, self._target)
                 self._temporary = ""
+                if replaced:
+                    _let_go(replaced)
         except OSError as failure:
             raise self._failed(failure) from failure
         finally:
@@ -114,9 +122,7 @@ class AtomicOutput:
 
         :raises OutputError: there is no room, or the system fails to write.
         """
-        if self._mode is not None:
-            # A file that has a single block to be allocated yet is written to the disk as a whole by the rename that has it
-            # replace another one (ext4, auto_da_alloc): of 62 MiB, that took 30 to 80 ms.
+        if self._bulk.replaces:
             self._bulk.allocate(len(data), offset)
         self._write_all([memoryview(data)], offset)
         self.bytes_written += len(data)
@@ -127,6 +133,25 @@ class AtomicOutput:
         :raises OutputError: an earlier piece found no room, or the system failed to write it.
         """
         self.pwritev_meanwhile([data], len(data), offset)
+
+    def pwrite_scattered(self, pieces: Sequence[tuple[memoryview, int]]) -> None:
+        """Write small pieces, each at the offset beside it, in the fewest steps.
+
+        :raises OutputError: there is no room, or the system fails to write.
+        """
+        write, fd, replaces, total = os.pwrite, self._fd, self._bulk.replaces, 0
+        for data, offset in pieces:
+            length = len(data)
+            if replaces:
+                self._bulk.allocate(length, offset)
+            try:
+                count = write(fd, data, offset)
+            except OSError as error:
+                raise self._failed(error) from error
+            if count != length:
+                self._write_all([data[count:]], offset + count)
+            total += length
+        self.bytes_written += total
 
     def pwritev_meanwhile(self, pieces: Sequence[memoryview], length: int, offset: int) -> None:
         """The same for up to 1,024 pieces (IOV_MAX), one behind another, ``length`` bytes in all."""
@@ -230,6 +255,26 @@ class AtomicOutput:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def _hold(path: str) -> int:
+    """A descriptor that keeps the file from being deleted, if deleting it may take long; otherwise 0."""
+    try:
+        fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return 0
+    if os.fstat(fd).st_blocks * 512 > _LONG_TO_DELETE:
+        return fd
+    os.close(fd)
+    return 0
+
+
+def _let_go(fd: int) -> None:
+    """Have the file deleted meanwhile: it takes 0.15 s for 1,000 pieces of 4 KiB (ext4), which the rename would otherwise wait for."""
+    try:
+        threading.Thread(target=os.close, args=(fd,), name="cowkit-diff-replaced").start()
+    except RuntimeError:  # no thread can be had
+        os.close(fd)
 
 
 def _lock(fd: int) -> bool | None:

@@ -58,6 +58,8 @@ class DiffReport(NamedTuple):
     """Of the disk, to the byte."""
     base_size: int | None = None
     """Of the state before; None for a blank disk, which has none."""
+    subclusters: bool = False
+    """Whether the image's clusters are divided by 32: QEMU before 5.2 cannot read it then."""
 
     @property
     def identical_bytes(self) -> int:
@@ -81,6 +83,7 @@ class DiffReport(NamedTuple):
             "base_size": self.base_size,
             "resized": self.resized,
             "cluster_size": self.cluster_size,
+            "subclusters": self.subclusters,
             "dirty_bytes": self.dirty_bytes,
             "dirty_extents": self.dirty_extents,
             "changed_bytes": self.changed_bytes,
@@ -107,6 +110,8 @@ class DiffReport(NamedTuple):
             lines.append(f"  {format_size(self.zeroed_bytes)} of it zeroed in {_extents(self.zeroed_extents)}")
         if self.identical_bytes:
             lines.append(f"  {format_size(self.identical_bytes)} more were written but are the same as in the base")
+        if self.subclusters:
+            lines.append("  with subclusters, for QEMU 5.2 and later")
         lines.append(
             f"  read {format_size(self.bytes_read)}, wrote {format_size(self.bytes_written)} in {self.seconds:.2f} s"
         )

@@ -28,6 +28,10 @@ class View(Protocol):
         """The unit that dirty extents come in, in bytes; the last one may be cut off by the disk's end."""
 
     @property
+    def dirty_is_known(self) -> bool:
+        """Whether telling what is dirty takes no comparing of the two states."""
+
+    @property
     def dirty_bytes(self) -> int:
         """How many bytes may differ."""
 
@@ -36,6 +40,9 @@ class View(Protocol):
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer`` with what is there now, from ``offset`` on."""
+
+    def mapped(self, offset: int, end: int) -> Iterator[tuple[int, int, memoryview | None]]:
+        """Where system calls find what is there now: pieces in order, each with its beginning, end and mapping, if there is one."""
 
     def read_base_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer`` with what was there before, from ``offset`` on."""
@@ -53,12 +60,15 @@ class Increment:
     :param what: the earlier view in words for messages.
     """
 
+    dirty_is_known = True
+
     def __init__(self, earlier: FrozenView, later: FrozenView, what: str) -> None:
         self._earlier, self._later = earlier, later
         self.base: Base = ViewBase(earlier, what)
         self.size = later.size
         self.block_size = later.block_size
         self.read_into = later.read_into
+        self.mapped = later.mapped
         self.read_base_into = earlier.read_into
         self.extents = later.extents
 

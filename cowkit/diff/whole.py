@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from cowkit.diff.base_map import BaseMap
 from cowkit.diff.batch import Batch, Gathering
-from cowkit.diff.changed import BaseMap, Changes
+from cowkit.diff.changed import Changes
 from cowkit.diff.qcow2.layout import down, up
 from cowkit.disk.extent import Kind
 

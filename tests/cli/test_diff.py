@@ -472,6 +472,26 @@ def test_each_kind_of_image_can_be_asked_for(base: Path, tmp_path: Path, serve: 
     assert (tmp_path / "now.img").read_bytes() == expected
 
 
+def test_scattered_changes_are_written_with_subclusters_unless_told_otherwise(
+    tmp_path: Path, serve: Serve, cowkit: Run
+) -> None:
+    import nbd
+
+    scattered = tmp_path / "scattered.img"
+    with scattered.open("wb") as file:
+        file.truncate(64 << 20)
+    client = nbd.NBD()
+    client.connect_uri(serve(scattered).uri)
+    for at in range(0, 64 << 20, 128 << 10):
+        client.pwrite(b"boo", at)
+    client.shutdown()
+    for option, expected in (((), True), (("--no-subclusters",), False), (("--subclusters",), True)):
+        done = cowkit("diff", "--base", scattered, "-o", "diff.qcow2", "--json", *option)
+        assert json.loads(done.stdout)["subclusters"] is expected
+        with Qcow2Image(tmp_path / "diff.qcow2") as image:
+            assert image.subclusters is expected
+
+
 def test_exit_code_says_whether_anything_changed(base: Path, serve: Serve, cowkit: Run) -> None:
     server = serve(base)
     asked = ("diff", "--base", base, "-o", "diff.qcow2", "--exit-code")

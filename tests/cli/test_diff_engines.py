@@ -31,7 +31,7 @@ def test_each_engine_can_be_asked_for(engine: str, base: Path, tmp_path: Path, s
     done = cowkit("diff", "--base", "disk.img", "-o", "diff.qcow2", "--engine", engine, "--subclusters", "--json")
     report = json.loads(done.stdout)
     assert (report["engine"], report["format"], report["backing_file"]) == (engine, "qcow2", "disk.img")
-    assert report["changed"] == [{"offset": 4096, "length": 2048, "kind": "data"}]
+    assert report["changed"] == [{"offset": 4096, "length": 4096, "kind": "data"}]
     assert content(tmp_path / "diff.qcow2", base) == expected
 
 

@@ -13,8 +13,9 @@ from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import TYPE_CHECKING
 
 from cowkit.diff.answers.image_size import Estimate, ImageSize
+from cowkit.diff.base_map import BaseMap
 from cowkit.diff.batch import Batch, Run
-from cowkit.diff.changed import BaseMap, by_cluster
+from cowkit.diff.clusters import by_cluster
 from cowkit.diff.engine import Order
 from cowkit.diff.image_output import CountingOutput
 from cowkit.diff.native import NATIVE, shape_for
@@ -22,6 +23,7 @@ from cowkit.diff.options import ImageOptions
 from cowkit.diff.qcow2.layout import Geometry, geometry, up
 from cowkit.diff.qcow2.subcluster_writer import SubclusterWriter
 from cowkit.diff.qcow2.writer import Qcow2Writer
+from cowkit.diff.scattered import settled
 from cowkit.disk.extent import Extent, Kind
 from cowkit.errors import UsageError
 
@@ -47,6 +49,7 @@ def estimate(
     if options.chosen_engine != "native":
         what = options.needs_qemu or f"what the engine {options.engine} writes"
         raise UsageError(f"the size of {what} is not known before it is written: leave out the estimate, or that")
+    options = settled(options, view)
     shape = shape_for(view.size, options)
     name = _name(view, options)
     output = CountingOutput()
@@ -54,7 +57,8 @@ def estimate(
     plain = options.names_base and not (options.compress or options.bitmap)
     others = tuple(_others(view, tally.changed, name, shape)) if plain else ()
     has_clusters = not (options.is_raw or options.is_rbd)
-    return Estimate(output.length, output.allocated, shape.cluster_size if has_clusters else None, others), tally
+    cluster_size = shape.cluster_size if has_clusters else None
+    return Estimate(output.length, output.allocated, cluster_size, others, shape.subclusters), tally
 
 
 def _name(view: View, options: ImageOptions) -> str | None:
@@ -76,7 +80,7 @@ def _others(view: View, changed: list[Extent], name: str | None, asked: Geometry
         output = CountingOutput()
         kind = SubclusterWriter if subclusters else Qcow2Writer
         writer = kind(output, shape, backing_file=None if name is None else name.encode(), backing_format="raw")
-        for run in _runs(view, changed, shape.grain):
+        for run in _runs(view, changed, shape.portion(view.block_size)):
             writer.add(Batch([run], unread[: run.length] if run.kind is Kind.DATA else _NOTHING))
         writer.finish()
         yield ImageSize(cluster_size, subclusters, output.length, output.allocated)

@@ -27,6 +27,8 @@ class Estimate(NamedTuple):
     """In bytes; None where it has none (raw, rbd)."""
     others: tuple[ImageSize, ...]
     """Plain images on top of the base with other clusters: upper bounds. Empty where another kind of image was asked for."""
+    subclusters: bool = False
+    """Whether the image that was asked for would have its clusters divided by 32."""
 
     def to_json(self) -> dict[str, object]:
         """The same as JSON has it."""

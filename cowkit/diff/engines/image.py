@@ -73,8 +73,8 @@ class Image:
         self._add({"driver": "file", "node-name": _FILE, "filename": self._path, "cache": _UNSYNCED})
         opening = {} if options.is_raw else self._create()
         self._add({"driver": self._kind, "node-name": _IMAGE, "file": _FILE, "cache": _UNSYNCED, **opening})
-        changes = Changes(order.view, order.shape.grain, order.progress)
-        batches: Iterable[Batch] = Whole(order.view, changes, order.shape.grain) if options.has_all else changes
+        changes = Changes(order.view, order.portion, order.progress)
+        batches: Iterable[Batch] = Whole(order.view, changes, order.portion) if options.has_all else changes
         if options.compress is not None:
             size = order.shape.size
             self._feed_packed(batches)

@@ -56,7 +56,7 @@ class QemuImg:
                 recipe.difference()
         finish(order, output)
         last_tell = None if order.progress is None else _told_to_the_end(order.progress, size)
-        changes = Changes(order.view, order.shape.grain, last_tell)
+        changes = Changes(order.view, order.portion, last_tell)
         for _ in changes:
             pass
         changes.tally.bytes_read += self._sources.bytes_served()

@@ -64,6 +64,8 @@ REFCOUNT_ORDER = 4
 """Refcounts of 2**4 bits ("Header", refcount_order)."""
 REFCOUNT_BYTES = 2
 
+_PAGE = 4096
+
 EXTENSION = struct.Struct(">II")
 """Type and length of a header extension; its data follows, padded to 8 bytes ("Header extensions")."""
 EXTENSION_END = 0
@@ -183,6 +185,13 @@ class Geometry(NamedTuple):
     def grain(self) -> int:
         """The least that the image can take from the backing file or not, in bytes: a subcluster, or a cluster."""
         return self.cluster_size // SUBCLUSTERS if self.subclusters else self.cluster_size
+
+    def portion(self, block_size: int) -> int:
+        """The least of a disk with blocks of ``block_size`` that is looked at and written to the file, in bytes.
+
+        Smaller grains than blocks are written as many as a page has, whose room they take anyway.
+        """
+        return max(self.grain, min(_PAGE, block_size, self.cluster_size))
 
     @property
     def l2_entry(self) -> int:

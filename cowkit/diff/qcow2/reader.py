@@ -104,6 +104,11 @@ class Qcow2Image:
         return self._shape.size
 
     @property
+    def subclusters(self) -> bool:
+        """Whether its clusters are divided by 32."""
+        return self._shape.subclusters
+
+    @property
     def cluster_size(self) -> int:
         """In bytes."""
         return self._shape.cluster_size

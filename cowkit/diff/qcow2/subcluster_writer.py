@@ -5,6 +5,8 @@ A cluster has its place in the file as a whole, of which nothing is written but 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from cowkit.diff.batch import Batch
 from cowkit.diff.qcow2.layout import COPIED, EXTENDED_ENTRY, SUBCLUSTERS, down, up
 from cowkit.diff.qcow2.writer import Qcow2Writer
@@ -19,7 +21,9 @@ class SubclusterWriter(Qcow2Writer):
     def add(self, batch: Batch) -> None:
         """Write the subclusters of ``batch``; batches come in the disk's order."""
         size = self.shape.cluster_size
-        for (offset, length, kind), data in batch.pieces():
+        small: list[tuple[memoryview, int]] = []
+        parts = _Parts([batch.data] if batch.parts is None else batch.parts)
+        for offset, length, kind in batch.runs:
             end = offset + length
             while offset < end:
                 first, last = up(offset, size), down(end, size)
@@ -30,18 +34,24 @@ class SubclusterWriter(Qcow2Writer):
                     stop = last
                     host = self._enter_whole(offset, stop, kind)
                 if kind is Kind.DATA:
-                    self._output.pwrite_meanwhile(data[: stop - offset], host)
-                    data = data[stop - offset :]
+                    pieces = parts.take(stop - offset)
+                    if stop - offset < size and len(pieces) == 1:
+                        small.append((pieces[0], host))
+                    else:
+                        self._output.pwritev_meanwhile(pieces, stop - offset, host)
                 offset = stop
+        self._output.pwrite_scattered(small)
 
     def _enter(self, offset: int, end: int, kind: Kind) -> int:
         """Enter a part of one cluster, perhaps beside others; returns where its data go."""
         size, grain = self.shape.cluster_size, self.shape.grain
-        start = down(offset, size)
-        ((index, _),) = self._entries(start, size)
+        start = offset % size
+        table, index = divmod(offset // size, self.shape.l2_entries)
+        if table != self._l2_index:
+            self._turn_to(table)
         at = index * EXTENDED_ENTRY.size
         descriptor, bits = EXTENDED_ENTRY.unpack_from(self._l2, at)
-        mask = _ALL >> (SUBCLUSTERS - (end - offset) // grain) << (offset - start) // grain
+        mask = _ALL >> (SUBCLUSTERS - (end - offset) // grain) << start // grain
         if kind is Kind.ZERO:
             bits |= mask << SUBCLUSTERS
         else:
@@ -49,7 +59,7 @@ class SubclusterWriter(Qcow2Writer):
                 descriptor = self.allocate(size) | COPIED
             bits |= mask
         EXTENDED_ENTRY.pack_into(self._l2, at, descriptor, bits)
-        return int(descriptor & ~COPIED) + offset - start
+        return int(descriptor & ~COPIED) + start
 
     def _enter_whole(self, offset: int, end: int, kind: Kind) -> int:
         """Enter whole clusters; returns where their data go."""
@@ -63,3 +73,27 @@ class SubclusterWriter(Qcow2Writer):
                     EXTENDED_ENTRY.pack_into(self._l2, at * EXTENDED_ENTRY.size, host | COPIED, _ALL)
                     host += size
         return first
+
+
+class _Parts:
+    """A batch's content, to be taken from the front."""
+
+    def __init__(self, parts: Sequence[memoryview]) -> None:
+        self._parts = parts
+        self._index = 0
+        self._rest: memoryview | None = None
+
+    def take(self, length: int) -> Sequence[memoryview]:
+        """The next ``length`` bytes."""
+        taken: list[memoryview] = []
+        while length:
+            part = self._parts[self._index] if self._rest is None else self._rest
+            if len(part) > length:
+                taken.append(part[:length])
+                self._rest = part[length:]
+                break
+            taken.append(part)
+            length -= len(part)
+            self._index += 1
+            self._rest = None
+        return taken

@@ -120,12 +120,16 @@ class Qcow2Writer:
         while cluster < end:
             table, index = divmod(cluster, self.shape.l2_entries)
             if table != self._l2_index:
-                self._put_l2()
-                self._l2_index = table
-                self._l2 = bytearray(self.shape.cluster_size)
+                self._turn_to(table)
             count = min(end - cluster, self.shape.l2_entries - index)
             yield index, count
             cluster += count
+
+    def _turn_to(self, table: int) -> None:
+        """Have ``self._l2`` be the L2 table of that index, a later one."""
+        self._put_l2()
+        self._l2_index = table
+        self._l2 = bytearray(self.shape.cluster_size)
 
     def _count(self, refcounts: bytearray) -> None:
         """Enter the refcounts that are not 1."""

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cowkit.diff.changed import Part, by_cluster
+from cowkit.diff.clusters import Part, by_cluster
 from cowkit.diff.qcow2.layout import Geometry, geometry, refcounts_for
 from cowkit.disk import Extent, Kind
 from cowkit.errors import UsageError

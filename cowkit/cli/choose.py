@@ -31,20 +31,22 @@ def add_choice(parser: argparse.ArgumentParser, *, source: str = "SERVER", more:
         file_argument(chosen)
 
 
-def matching(source: str | None) -> list[ServerInfo]:
-    """The running servers that ``source`` names; all of them without one."""
-    return running() if source is None else _from(source, running())
+def matching(source: str | None, servers: list[ServerInfo]) -> list[ServerInfo]:
+    """Those of ``servers`` that ``source`` names; all of them without one."""
+    return servers if source is None else _from(source, servers)
 
 
-def choose(base: str | None, source: str | None) -> ServerInfo:
+def choose(base: str | None, source: str | None, servers: list[ServerInfo] | None = None) -> ServerInfo:
     """The one running server that is meant.
 
+    :param servers: those that are running, for who has looked already.
     :raises ControlError: there is none, there are several, or ``source`` serves another base than ``base``.
     """
     for option, given in (("--base", base), ("--from", source)):
         if given == "":
             raise UsageError(f"{option} is empty: give a name, or leave it out")
-    servers = running()
+    if servers is None:
+        servers = running()
     if source is not None:
         found = _from(source, servers)
         if base is not None:

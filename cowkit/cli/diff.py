@@ -12,11 +12,14 @@ from cowkit.cli.image_arguments import add_image_arguments, as_members, asked_ki
 from cowkit.cli.progress import Bar
 from cowkit.errors import UsageError
 from cowkit.server.control_client import ControlClient
+from cowkit.server.runtime import running
 
 TYPE_CHECKING = False  # as typing has it, which takes long to import
 if TYPE_CHECKING:
     import argparse
     from typing import Any
+
+    from cowkit.server.runtime import ServerInfo
 
 DESCRIPTION = (
     "Write what changed on a disk that `cowkit serve` or `cowkit run` serves (or what differs between any other source and a base) "
@@ -102,13 +105,14 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.output == "-":
         raise UsageError("a difference cannot be written to standard output: name a file (./- if it is to be called -)")
     _check_picture(arguments)
+    servers = running()
     with Bar() as bar:
-        kept = foreign.keep(arguments, bar.update)
+        kept = foreign.keep(arguments, servers, bar.update)
     if kept is not None:
         report: dict[str, Any] = kept.to_json()
         summary, name = kept.summary(), os.path.basename(arguments.output)
     else:
-        report, summary, name = _kept_by_server(arguments)
+        report, summary, name = _kept_by_server(arguments, servers)
     print(as_json(report) if arguments.json else summary)
     note_names(arguments.output, arguments.backing_file, arguments)
     if is_asked(arguments) and _show(report["changes"], arguments, name):
@@ -116,9 +120,9 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if arguments.exit_code and (report["changed_bytes"] or report["resized"]) else 0
 
 
-def _kept_by_server(arguments: argparse.Namespace) -> tuple[dict[str, Any], str, str]:
+def _kept_by_server(arguments: argparse.Namespace, servers: list[ServerInfo]) -> tuple[dict[str, Any], str, str]:
     """Ask the server for the difference: its report and summary, and the disk's name."""
-    server = choose(arguments.base, arguments.source)
+    server = choose(arguments.base, arguments.source, servers)
     _check_picture(arguments, server.base)
     # Not checked here: the server writes it, and knows best
     path = os.path.abspath(arguments.output)
@@ -155,12 +159,13 @@ def _answer(arguments: argparse.Namespace) -> int:
             f"{option_of(next(iter(kind)))} says what kind of image: give -o OUT to write one, or --estimate to learn its size"
         )
     _check_picture(arguments)
+    servers = running()
     with Bar() as bar:
-        found = foreign.look(arguments, bar.update)
+        found = foreign.look(arguments, servers, bar.update)
     if found is not None:
         report, name = found.to_json(), os.path.basename(arguments.source or arguments.base)
     else:
-        report, name = _told_by_server(arguments, kind)
+        report, name = _told_by_server(arguments, servers, kind)
     if arguments.json:
         print(as_json(report))
     if _show(report, arguments, name):
@@ -168,9 +173,11 @@ def _answer(arguments: argparse.Namespace) -> int:
     return 1 if arguments.exit_code and (report["changed_bytes"] or report["resized"]) else 0
 
 
-def _told_by_server(arguments: argparse.Namespace, kind: dict[str, Any]) -> tuple[dict[str, Any], str]:
+def _told_by_server(
+    arguments: argparse.Namespace, servers: list[ServerInfo], kind: dict[str, Any]
+) -> tuple[dict[str, Any], str]:
     """Ask the server what changed: its report, and the disk's name."""
-    server = choose(arguments.base, arguments.source)
+    server = choose(arguments.base, arguments.source, servers)
     _check_picture(arguments, server.base)
     asked: dict[str, Any] = {**_states(arguments), "files": arguments.files}
     if arguments.estimate:

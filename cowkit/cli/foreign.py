@@ -50,9 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def keep(arguments: argparse.Namespace, progress: Callable[[int, int], None]) -> DiffReport | None:
+def keep(
+    arguments: argparse.Namespace, servers: list[ServerInfo], progress: Callable[[int, int], None]
+) -> DiffReport | None:
     """Compare what is to be kept with the base; None where a running server knows what changed, and is to be asked.
 
+    :param servers: those that are running.
     :raises UsageError: an option makes sense for the other kind of source alone.
     :raises ControlError: there is no base.
     """
@@ -75,10 +78,12 @@ def keep(arguments: argparse.Namespace, progress: Callable[[int, int], None]) ->
             files=arguments.files,
         )
 
-    return _of_foreign(arguments, compare)
+    return _of_foreign(arguments, servers, compare)
 
 
-def look(arguments: argparse.Namespace, progress: Callable[[int, int], None]) -> ChangesReport | None:
+def look(
+    arguments: argparse.Namespace, servers: list[ServerInfo], progress: Callable[[int, int], None]
+) -> ChangesReport | None:
     """The same, but tell of it, and write nothing."""
 
     def compare(now: str, format: str | None) -> ChangesReport:
@@ -95,14 +100,16 @@ def look(arguments: argparse.Namespace, progress: Callable[[int, int], None]) ->
             progress=progress,
         )
 
-    return _of_foreign(arguments, compare)
+    return _of_foreign(arguments, servers, compare)
 
 
-def _of_foreign(arguments: argparse.Namespace, compare: Callable[[str, str | None], T]) -> T | None:
+def _of_foreign(
+    arguments: argparse.Namespace, servers: list[ServerInfo], compare: Callable[[str, str | None], T]
+) -> T | None:
     """What ``compare`` has of a foreign source and its format; None where it is none."""
-    if _is_foreign(arguments):
+    if _is_foreign(arguments, servers):
         return compare(arguments.source, arguments.from_format)
-    server = _server_below(arguments) or _server_of_another_base(arguments)
+    server = _server_below(arguments, servers) or _server_of_another_base(arguments, servers)
     for name in ("base_format", "from_format", "from_context"):
         if getattr(arguments, name) is not None and (server is None or name != "base_format"):
             option = name.replace("_", "-")
@@ -118,10 +125,10 @@ def _of_foreign(arguments: argparse.Namespace, compare: Callable[[str, str | Non
         os.close(fd)
 
 
-def _is_foreign(arguments: argparse.Namespace) -> bool:
+def _is_foreign(arguments: argparse.Namespace, servers: list[ServerInfo]) -> bool:
     """Whether ``--from`` names an NBD URI or a file, and no running cowkit."""
     source: str | None = arguments.source
-    if source is None or matching(source):
+    if source is None or matching(source, servers):
         return False
     if not (_is_uri(source) or _is_disk(source)):
         if "/" in source or "." in source:  # a path rather than a name
@@ -130,7 +137,7 @@ def _is_foreign(arguments: argparse.Namespace) -> bool:
         return False
     if arguments.base is None:
         try:
-            choose(None, source)
+            choose(None, source, servers)
         except ControlError as error:
             raise ControlError(f"{error}; to compare {source} itself with a base, give --base") from error
     for name in ("since", "at"):
@@ -149,12 +156,12 @@ def _is_disk(path: str) -> bool:
     return stat.S_ISREG(mode) or stat.S_ISBLK(mode)
 
 
-def _server_below(arguments: argparse.Namespace) -> ServerInfo | None:
+def _server_below(arguments: argparse.Namespace, servers: list[ServerInfo]) -> ServerInfo | None:
     """The one running server that is meant, if ``--base`` is no base of its but an image that stands on it."""
     base: str | None = arguments.base
     if base is None or arguments.since is not None or not _is_disk(base):
         return None
-    servers = matching(arguments.source)
+    servers = matching(arguments.source, servers)
     if not servers or any(serves(server, base) for server in servers):
         return None
     from cowkit.diff.qcow2.header import backing_chain
@@ -164,7 +171,7 @@ def _server_below(arguments: argparse.Namespace) -> ServerInfo | None:
     return found[0] if len(found) == 1 else None
 
 
-def _server_of_another_base(arguments: argparse.Namespace) -> ServerInfo | None:
+def _server_of_another_base(arguments: argparse.Namespace, servers: list[ServerInfo]) -> ServerInfo | None:
     """The one running server whose URI is the source, if ``--base`` is none of its: then that is what to compare with.
 
     A name or process id chooses among cowkit's disks, and with another base says two things that do not go together.
@@ -175,7 +182,7 @@ def _server_of_another_base(arguments: argparse.Namespace) -> ServerInfo | None:
         return None
     if not (_is_uri(base) or _is_disk(base)):
         return None
-    servers = matching(source)
+    servers = matching(source, servers)
     return servers[0] if len(servers) == 1 and not serves(servers[0], base) else None
 
 

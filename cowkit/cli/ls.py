@@ -13,7 +13,10 @@ from cowkit.errors import ControlError
 from cowkit.server.control_client import ControlClient
 from cowkit.server.runtime import ServerInfo, running
 
-DESCRIPTION = "List the disks that `cowkit serve` and `cowkit run` serve at this moment for this user, oldest first."
+DESCRIPTION = (
+    "List the disks that `cowkit serve` and `cowkit run` serve at this moment for this user, oldest first. They are looked for, "
+    "as by all commands, in $COWKIT_RUNTIME_DIR, or without it in $XDG_RUNTIME_DIR/cowkit and in /tmp/cowkit-UID."
+)
 EXAMPLES = """
 cowkit ls
 cowkit ls --json | jq -r '.[].uris[0]'

@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("COWKIT_DEBUG"):
             raise
+        _flush_what_there_is()
         complain(error)
         return FAILED
     return status
@@ -51,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def command() -> NoReturn:
     """The `cowkit` command: :func:`main`, and the end of the process with its status."""
     try:
+        from cowkit.cli.standard_output import name_standard_output
+
+        name_standard_output()
         status = main()
         threading = sys.modules.get("threading")
         if threading is None or threading.active_count() == 1:
@@ -112,6 +116,15 @@ def _flush_output() -> None:
     except OSError as error:
         _drop_output()
         raise OSError(error.errno, f"{error.strerror}; all else is done", "standard output") from error
+
+
+def _flush_what_there_is() -> None:
+    """Write what was printed before something else went wrong, if that can be."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except (OSError, ValueError):
+        _drop_output()
 
 
 def _drop_output() -> None:

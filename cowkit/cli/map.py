@@ -12,6 +12,7 @@ from cowkit.cli.file_argument import file_argument
 from cowkit.cli.progress import Bar
 from cowkit.errors import UsageError
 from cowkit.server.control_client import ControlClient
+from cowkit.server.runtime import running
 
 TYPE_CHECKING = False  # as typing has it, which takes long to import
 if TYPE_CHECKING:
@@ -66,12 +67,13 @@ def _of_disk(arguments: argparse.Namespace) -> tuple[ChangesReport, str]:
     from cowkit.diff.answers import ChangesReport
 
     check_picture(arguments.svg, arguments.base, arguments.source)
+    servers = running()
     with Bar("map") as bar:
-        found = foreign.look(arguments, bar.update)
+        found = foreign.look(arguments, servers, bar.update)
     if found is not None:
         return found, os.path.basename(arguments.source or arguments.base)
     states = {name: value for name in ("since", "at") if (value := getattr(arguments, name)) is not None}
-    server = choose(arguments.base, arguments.source)
+    server = choose(arguments.base, arguments.source, servers)
     check_picture(arguments.svg, arguments.base, arguments.source, server.base)
     with ControlClient(server.control) as client, Bar("map") as bar:
         answer = client.execute("cowkit-changes", states, on_event=bar.event)

@@ -19,9 +19,11 @@ import pytest
 
 from cowkit.cli import progress as progress_module
 from cowkit.cli.control_commands import DiskCommands
+from cowkit.cli.main import main
 from cowkit.cow_disk import CowDisk
 from cowkit.diff import Qcow2Image
 from cowkit.errors import ControlError
+from cowkit.server import runtime
 from cowkit.server.control import CommandContext
 from cowkit.server.control_client import ControlClient
 from cowkit.server.runtime import ServerInfo, running
@@ -530,3 +532,20 @@ def test_a_compressed_base_has_its_disk_kept_without_a_backing_file(
     assert cowkit("diff", "--base", "disk.img.gz", "-o", "now.img", "--raw").returncode == 0
     assert (tmp_path / "now.img").read_bytes()[4097:4100] == b"boo"
     assert (tmp_path / "now.img").stat().st_size == base.stat().st_size
+
+
+@pytest.mark.parametrize("arguments", [["--stat"], ["-o", "d.qcow2"], ["-o", "d.qcow2", "--from", "nobody"]])
+def test_what_is_running_is_looked_up_once(
+    base: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    looks = []
+    candidates = runtime._candidates
+
+    def counted() -> list[str]:
+        looks.append(arguments)
+        return candidates()
+
+    monkeypatch.setattr(runtime, "_candidates", counted)
+    assert main(["diff", "--base", str(base), *arguments]) == 2
+    assert "no server matches" in capsys.readouterr().err
+    assert len(looks) == 1

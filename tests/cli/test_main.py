@@ -20,7 +20,7 @@ from cowkit.cli.doctor import version_of
 from cowkit.cli.main import complain, main
 from cowkit.cli.tools import TOOLS, Tool
 from cowkit.errors import CowkitError
-from tests.cli.helpers import COWKIT, Run, complaint
+from tests.cli.helpers import COWKIT, PATIENCE, Run, complaint
 
 
 def test_the_version_is_the_packages(cowkit: Run) -> None:
@@ -104,13 +104,39 @@ def test_a_reader_that_goes_away_is_no_complaint() -> None:
     assert (done.stdout, done.stderr) == ("141\n", "")
 
 
-def test_output_that_cannot_be_written_is_said() -> None:
-    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+@pytest.mark.parametrize(
+    ("unbuffered", "arguments", "more"),
+    [
+        ("", ["ls", "--json"], "; all else is done"),
+        ("1", ["ls", "--json"], ""),
+        ("", ["diff", "--json-schema"], ""),  # more than a buffer holds
+        ("1", ["serve", "--size", "1M"], ""),
+    ],
+)
+def test_output_that_cannot_be_written_is_said(unbuffered: str, arguments: list[str], more: str) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [*COWKIT, "ls", "--json"], stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=buffered
+            [*COWKIT, *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            timeout=PATIENCE,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
         )
-    assert (done.returncode, done.stderr) == (2, "cowkit: standard output: No space left on device; all else is done\n")
+    assert (done.returncode, done.stderr) == (2, f"cowkit: standard output: No space left on device{more}\n")
+
+
+def test_what_was_printed_before_an_error_is_not_lost() -> None:
+    code = (
+        "import sys, cowkit.cli.ls as ls, cowkit.cli.main as main\n"
+        "def run(arguments): print('before'); raise OSError(5, 'odd')\n"
+        "ls.run = run\n"
+        "sys.argv = ['cowkit', 'ls']\n"
+        "main.command()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "before\n", "cowkit: odd\n")
 
 
 def test_an_interruption_is_quiet() -> None:
@@ -128,6 +154,19 @@ def test_an_interruption_at_the_end_is_quiet_too() -> None:
     code = "import cowkit.cli.main as main\ndef stop(): raise KeyboardInterrupt\nmain.main = stop\nmain.command()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (130, "")
+
+
+def test_an_interruption_while_the_command_is_being_imported_is_quiet_too() -> None:
+    code = (
+        "import sys, cowkit.__main__ as program\n"
+        "class Stop:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name.startswith('cowkit.'): raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Stop())\n"
+        "program.command()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 # Completion

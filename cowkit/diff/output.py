@@ -107,10 +107,10 @@ class AtomicOutput:
         try:
             if kind is None:
                 self.drain()
-                replaced = self._mode is not None and _hold(self._target)
+                replaced = -1 if self._mode is None else _hold(self._target)
                 os.rename(self._temporary, self._target)
                 self._temporary = ""
-                if replaced:
+                if replaced >= 0:
                     _let_go(replaced)
         except OSError as failure:
             raise self._failed(failure) from failure
@@ -258,23 +258,24 @@ class AtomicOutput:
 
 
 def _hold(path: str) -> int:
-    """A descriptor that keeps the file from being deleted, if deleting it may take long; otherwise 0."""
+    """A descriptor that keeps the file there for now; -1 where it cannot be had.
+
+    A rename that deletes the file it replaces takes 4 to 12 ms of a small one and a second of one with 1,000 pieces of 4 KiB
+    (ext4); one that does not takes 0.02 ms, and deleting the file afterwards 0.5 ms and 0.15 s.
+    """
     try:
-        fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        return os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
-        return 0
-    if os.fstat(fd).st_blocks * 512 > _LONG_TO_DELETE:
-        return fd
-    os.close(fd)
-    return 0
+        return -1
 
 
 def _let_go(fd: int) -> None:
-    """Have the file deleted meanwhile: it takes 0.15 s for 1,000 pieces of 4 KiB (ext4), which the rename would otherwise wait for."""
-    try:
-        threading.Thread(target=os.close, args=(fd,), name="cowkit-diff-replaced").start()
-    except RuntimeError:  # no thread can be had
-        os.close(fd)
+    """Have the file deleted; a large one by a thread."""
+    if os.fstat(fd).st_blocks * 512 > _LONG_TO_DELETE:
+        with contextlib.suppress(RuntimeError):  # no thread can be had
+            threading.Thread(target=os.close, args=(fd,), name="cowkit-diff-replaced").start()
+            return
+    os.close(fd)
 
 
 def _lock(fd: int) -> bool | None:

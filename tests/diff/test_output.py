@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -280,3 +281,17 @@ def test_a_limit_on_file_sizes_leaves_the_old_file_and_nothing_else(disk: Disk, 
     assert isinstance(caught.value.__cause__, OSError)
     assert out.read_bytes() == b"old"
     assert names(tmp_path) == ["base.img", "out"]
+
+
+@pytest.mark.parametrize("size", [4096, 8 << 20])
+def test_a_file_that_is_replaced_is_let_go_of_whatever_its_size(tmp_path: Path, size: int) -> None:
+    out = tmp_path / "out"
+    out.write_bytes(b"x" * size)
+    before = set(os.listdir("/proc/self/fd"))
+    with AtomicOutput(out) as output:
+        output.pwrite(b"new", 0)
+    for thread in threading.enumerate():
+        if thread.name == "cowkit-diff-replaced":
+            thread.join()
+    assert out.read_bytes() == b"new"
+    assert set(os.listdir("/proc/self/fd")) == before

@@ -50,6 +50,7 @@ class Changes:
     :param in_parts: make batches for gathered writes, in which the base's part of a cluster is a piece of its mapping: then
         the system copies it once, from the page cache to the image, and not by way of this process. Of 62 MiB for 1,000
         scattered changes this saves 10 ms in 50.
+    :param written: whether the batches are going to be written: then the system reads what they are made of, and it counts.
     """
 
     def __init__(
@@ -59,11 +60,13 @@ class Changes:
         progress: Callable[[int, int], None] | None = None,
         *,
         in_parts: bool = False,
+        written: bool = True,
     ) -> None:
         self.tally = Tally()
         self._view = view
         self._cluster = cluster_size
         self._unit = min(view.block_size, cluster_size)
+        self._written_on = written
         self._piece = max(_PIECE, cluster_size)
         self._map = BaseMap(view)
         self._batch = Gathering(cluster_size, in_parts=in_parts)
@@ -261,7 +264,8 @@ class Changes:
                 yield batch.take()
             length = end - start
             tally.mark(start, length, Kind.DATA)
-            tally.bytes_read += length  # by the system, on its way to the image
+            if self._written_on:
+                tally.bytes_read += length  # by the system, on its way to the image
             batch.add_parts(start, length, parts, 0)
             self._advance(length)
         tally.bytes_read += sieve.take_bytes_read()

@@ -111,7 +111,7 @@ def _experiment(
             picture=quick,
         ),
         Row(names[1], f"difference by the command, {of}", "ms", "lower"),
-        Row(names[2], f"bytes read for each dirty byte, {of}", "×", "lower", (Limit(1.2),)),
+        Row(names[2], f"bytes read for each dirty byte, {of}", "×", "lower", (Limit(1.2),) if factor else ()),
     )
     return Experiment("Differences", rows, (COWKIT, RECIPE), _measure(share, names), quick=quick, rounds=rounds)
 

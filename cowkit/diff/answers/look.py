@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 from cowkit.diff.answers.amounts import amounts, without
@@ -45,9 +46,11 @@ def look(
 
         estimated, tally = estimate(view, image, progress)
     else:
-        changes = Changes(view, _GRAIN, progress)
-        for _ in changes:
-            pass
+        # In blocks of the disk, none is dirty in part: the figures are those of an image, which has the rest of its clusters as well.
+        changes = Changes(view, min(view.block_size, _GRAIN), progress, in_parts=True, written=False)
+        with closing(changes):
+            for _ in changes:
+                pass
         tally = changes.tally
     dirty = tally.dirty_bytes
     check = (lambda: progress(dirty, dirty)) if progress is not None else (lambda: None)

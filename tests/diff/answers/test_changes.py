@@ -20,6 +20,7 @@ from cowkit.diff.answers.amounts import amounts, without
 from cowkit.diff.answers.of_image import changes_in
 from cowkit.diff.answers.picture import picture
 from cowkit.diff.answers.strip import strip
+from cowkit.diff.samples import SAMPLE
 from cowkit.disk import Extent, Kind
 from cowkit.errors import ImageError
 from tests.diff.helpers import Doing, base_pieces, doings, make_base, noise
@@ -239,3 +240,13 @@ def test_what_is_no_image_is_refused_in_a_line(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"nothing")
     with pytest.raises(ImageError, match="is no qcow2 image"):
         changes_in(tmp_path / "x")
+
+
+def test_looking_at_what_surely_changed_reads_samples_alone(tmp_path: Path) -> None:
+    base = tmp_path / "base.img"
+    base.write_bytes(noise(8 << 20, 1))
+    with CowDisk(base) as disk:
+        disk.pwrite(noise(4 << 20, 2), 4096)
+        report = disk.changes()
+    assert sum(each.length for each in report.changed) == 4 << 20
+    assert report.bytes_read == 1024 * 2 * SAMPLE

@@ -20,6 +20,7 @@ from cowkit.diff.answers.strip import strip
 from cowkit.disk.extent import Kind
 from cowkit.disk.sizes import format_size
 from cowkit.errors import DiffError, MissingToolError, OutputError, ToolFailedError
+from cowkit.programs import find_program
 
 if TYPE_CHECKING:
     from cowkit import CowDisk
@@ -35,7 +36,6 @@ cowkit demo --keep /tmp/demo
 """
 
 _IMAGE_SIZE = 64 << 20
-_SYSTEM_PATH = "/usr/local/sbin:/usr/sbin:/sbin"
 _PACKAGES = ("asyncio", "email", "encodings", "json", "unittest", "xml")
 """Folders of Python's own library: some megabytes of files that are on every machine that can run this."""
 
@@ -173,7 +173,7 @@ class _Demo:
 
     def _check_diff(self, disk: CowDisk) -> str:
         """Compare the difference with the live disk, by QEMU's own tool where it is there; returns by what."""
-        if _find("qemu-img"):
+        if find_program("qemu-img"):
             _run(["qemu-img", "check", "-q", str(self._diff)], "checking the difference")
             _run(
                 ["qemu-img", "compare", "-q", "-f", "qcow2", "-F", "raw", str(self._diff), disk.uri],
@@ -235,7 +235,7 @@ def _client(disk: CowDisk) -> tuple[str, Callable[[str, int, int, random.Random]
                 getattr(handle, what)(length, offset)
 
         return "libnbd", by_libnbd
-    if _find("qemu-io"):
+    if find_program("qemu-io"):
 
         def by_qemu_io(what: str, offset: int, length: int, noise: random.Random) -> None:
             words = {"write": f"write -P {noise.randrange(1, 256)}", "zero": "write -z", "trim": "discard"}
@@ -252,17 +252,13 @@ def _client(disk: CowDisk) -> tuple[str, Callable[[str, int, int, random.Random]
     return "in process: no NBD client is installed", in_process
 
 
-def _find(tool: str) -> str | None:
-    return shutil.which(tool, path=f"{os.environ.get('PATH', os.defpath)}:{_SYSTEM_PATH}")
-
-
 def _e2fsck(image: Path) -> bool:
     """Whether e2fsck finds errors (e2fsck(8): exit status 4, or 8 where it could not even begin on such a file system)."""
     return _run(["e2fsck", "-f", "-n", str(image)], "checking the file system", answers=(0, 4, 8, 12)) != 0
 
 
 def _run(command: Sequence[str], purpose: str, answers: tuple[int, ...] = (0,)) -> int:
-    program = _find(command[0])
+    program = find_program(command[0])
     if program is None:
         raise MissingToolError(command[0], purpose=purpose, remedy="install e2fsprogs (Debian: apt install e2fsprogs)")
     done = subprocess.run(

@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -17,6 +16,7 @@ from typing import NamedTuple
 import cowkit
 from cowkit.cli.tools import TOOLS, Tool
 from cowkit.errors import with_pip
+from cowkit.programs import find_program, folder_off_path
 
 DESCRIPTION = (
     "Look which outside tools are here, what each is for and how to install the missing ones, and whether this machine has "
@@ -27,7 +27,6 @@ cowkit doctor
 cowkit doctor --json | jq '.tools[] | select(.version == null).name'
 """
 
-_SYSTEM_PATH = "/usr/local/sbin:/usr/sbin:/sbin"
 _TIMEOUT_SECONDS = 10
 _BINDING_PLACES = (
     "/usr/lib/python3/dist-packages/nbd.py",
@@ -82,6 +81,11 @@ def run(arguments: argparse.Namespace) -> int:
         )
         if hidden := _hidden_binding():
             print(f"\n{hidden}")
+        for folder, names in _off_path().items():
+            print(
+                f"\n{', '.join(names)}: in {folder}, which is not on PATH; cowkit finds programs there, a shell and your tests do not:\n"
+                f"  export PATH=$PATH:{folder}"
+            )
         for what, line in install.items():
             if line:
                 print(
@@ -111,7 +115,7 @@ def version_of(tool: Tool) -> str | None:
         return _version_by_pip(tool)
     if tool.is_module:
         return _binding_version()
-    path = shutil.which(tool.name, path=f"{os.environ.get('PATH', os.defpath)}:{_SYSTEM_PATH}")
+    path = find_program(tool.name)
     if path is None:
         return None
     try:
@@ -129,6 +133,16 @@ def version_of(tool: Tool) -> str | None:
         return "?"
     match = re.search(r"\d+(?:\.\d+)+", done.stdout)
     return match[0] if match else "?"
+
+
+def _off_path() -> dict[str, list[str]]:
+    """The programs that are here and that no shell finds, by folder."""
+    found: dict[str, list[str]] = {}
+    for tool in TOOLS:
+        folder = None if tool.is_module else folder_off_path(tool.name)
+        if folder is not None:
+            found.setdefault(folder, []).append(tool.name)
+    return found
 
 
 def _version_by_pip(tool: Tool) -> str | None:

@@ -69,16 +69,23 @@ def checked(
         raise UsageError(
             "a format, an offset and a partition are of a base: name one, or leave them out for a blank disk"
         )
-    directory = default_directory() if tmpdir is None else path_text(tmpdir, "tmpdir")
+    directory = default_directory() if tmpdir is None else _named(tmpdir, "tmpdir", "a directory")
     _check_overlay_directory(directory)
     # Layers are made later, when the working directory may be another one.
     directory = os.path.abspath(directory)
     if isinstance(trace, bool) or not isinstance(trace, int) or not 0 <= trace <= MOST_EVENTS:
         raise UsageError(f"trace is how many events to keep, from 0 to {MOST_EVENTS}, not {trace!r}")
-    difference = None if overlay is None else path_text(overlay, "overlay")
+    difference = None if overlay is None else _named(overlay, "overlay", "the path of a difference")
     return DiskOptions(
         whole, block, base_format, start, partition, round, cow_on_read, cow_on_cache, directory, difference, trace
     )
+
+
+def _named(path: str | os.PathLike[str], name: str, what: str) -> str:
+    text = path_text(path, name)
+    if not text:
+        raise UsageError(f"{name} is empty: give {what}, or leave it out")
+    return text
 
 
 def _check_overlay_directory(directory: str) -> None:

@@ -12,7 +12,7 @@ from cowkit.cow_disk import CowDisk
 from cowkit.disk import Base, Checkpoint, Extent, Kind, ZeroBase
 from cowkit.disk.base import FileBase
 from cowkit.disk.view_base import ViewBase
-from cowkit.errors import DiskClosedError, UsageError
+from cowkit.errors import BaseOpenError, DiskClosedError, UsageError
 
 Comparable: TypeAlias = CowDisk | str | os.PathLike[str] | bytes | bytearray | memoryview
 """A disk; the path of a raw file or of any image that can be a base, or an NBD URI; the bytes themselves."""
@@ -138,7 +138,11 @@ def open_content(thing: Comparable) -> Base:
     if isinstance(thing, str | os.PathLike):
         from cowkit.bases import open_base
 
-        return open_base(thing)
+        try:
+            return open_base(thing)
+        except BaseOpenError as error:  # for whoever compares, it is no base
+            given = os.fsdecode(thing)
+            raise BaseOpenError(str(error).replace(f"base {given}", given, 1)) from error
     raise UsageError(f"a disk, an image's path, an NBD URI or bytes can be compared, not {thing!r}")
 
 

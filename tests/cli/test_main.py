@@ -245,6 +245,20 @@ def test_a_missing_tool_is_no_failure_and_how_to_get_it_is_said(cowkit: Run, tmp
     assert re.search(r"^  sudo dnf install .*libnbd.*nbdkit", done.stdout, re.MULTILINE)
 
 
+def test_a_tool_that_no_shell_finds_is_told_with_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "e2fsck").write_text("#!/bin/sh\necho 1.47.0\n")
+    (tmp_path / "e2fsck").chmod(0o755)
+    monkeypatch.setattr("cowkit.programs._SYSTEM_PATH", str(tmp_path))
+    monkeypatch.setenv("PATH", "/none")
+    assert main(["doctor"]) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"^  e2fsck +1\.47\.0 ", told, re.MULTILINE)
+    assert f"\ne2fsck: in {tmp_path}, which is not on PATH; " in told
+    assert f"\n  export PATH=$PATH:{tmp_path}\n" in told
+
+
 def test_what_cowkit_itself_lacks_is_a_no(cowkit: Run, runtime: Path) -> None:
     none = runtime.parent / "none"
     done = cowkit("doctor", COWKIT_RUNTIME_DIR=str(none / "run"), TMPDIR=str(none))

@@ -226,7 +226,7 @@ def test_a_damaged_partition_table_is_a_problem_and_no_list_of_removed_files(tmp
 
 def test_without_debugfs_one_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = make_image(tmp_path / "disk.img", make_tree(tmp_path / "tree"), "-t", "ext4")
-    monkeypatch.setattr("cowkit.diff.answers.files.tools.shutil.which", lambda *_, **__: None)
+    monkeypatch.setattr("cowkit.programs.shutil.which", lambda *_, **__: None)
     with CowDisk(base) as disk:
         disk.pwrite(b"x", 20 * MIB)
         (found,) = files(disk)

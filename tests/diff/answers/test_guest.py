@@ -120,7 +120,7 @@ def test_a_virtual_machine_that_does_not_start_is_told_with_what_helps(guestfish
 
 
 def test_without_guestfish_one_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cowkit.diff.answers.files.tools.shutil.which", lambda *_, **__: None)
+    monkeypatch.setattr("cowkit.programs.shutil.which", lambda *_, **__: None)
     with CowDisk(size=MIB) as disk:
         disk.pwrite(XFS, 0)
         (found,) = files(disk)

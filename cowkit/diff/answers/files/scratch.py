@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from typing import IO, TYPE_CHECKING, NamedTuple
 
-from cowkit.diff.answers.files.tools import find
 from cowkit.disk.base import Base, FileBase
 from cowkit.disk.extent import Extent, Kind
 from cowkit.disk.layer import default_directory
 from cowkit.disk.view_base import ViewBase
+from cowkit.programs import find_program
 
 if TYPE_CHECKING:
     from cowkit.diff.view import View
@@ -112,7 +112,7 @@ def remove(path: str) -> None:
 
 def _copy_metadata(state: State, place: Place, scratch: IO[bytes]) -> bool:
     """Copy what e2image takes for metadata in the base, and what was changed since; whether that can be relied on."""
-    program = find("e2image")
+    program = find_program("e2image")
     base = state.base
     if base is None or base.path is None or program is None or base.size < place.offset + place.size:
         return False

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-
 from cowkit.errors import MissingToolError
-
-_SYSTEM_PATH = "/usr/local/sbin:/usr/sbin:/sbin"
-"""Where Debian has them, which is not on an ordinary user's PATH."""
+from cowkit.programs import find_program
 
 _REMEDIES = {
     "debugfs": "install e2fsprogs (Debian: apt install e2fsprogs)",
@@ -17,17 +12,12 @@ _REMEDIES = {
 }
 
 
-def find(program: str) -> str | None:
-    """Where ``program`` is; None where it is not installed."""
-    return shutil.which(program, path=f"{os.environ.get('PATH', os.defpath)}:{_SYSTEM_PATH}")
-
-
 def need(program: str, file_system: str) -> str:
     """Where ``program`` is, which tells the files of such a file system.
 
     :raises MissingToolError: it is not installed.
     """
-    found = find(program)
+    found = find_program(program)
     if found is None:
         raise MissingToolError(
             program, purpose=f"telling which files of {file_system} changed", remedy=_REMEDIES[program]

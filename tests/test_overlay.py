@@ -154,6 +154,7 @@ def test_an_increment_is_not_taken_for_a_difference_to_the_base_where_both_have_
         ({"round": "up"}, {}, 3 * MIB + 4096),
         ({"round": "down"}, {"size": 3 * MIB + 8192}, 3 * MIB + 8192),
         ({}, {"round": "up"}, 3 * MIB + 4096),
+        ({"size": 3 * MIB + 9000}, {"size": 3 * MIB + 9000}, 3 * MIB + 9000),  # the image has it in whole sectors
     ],
 )
 def test_the_disk_is_as_large_as_the_difference_or_larger(

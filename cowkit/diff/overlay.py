@@ -31,7 +31,7 @@ def check_overlay(chain: DiffChain, *, size: int | None) -> int:
         )
     if size is None:
         return chain.disk_size
-    if chain.base is None and image_size(size) == chain.size:  # the image has it in whole sectors
+    if image_size(size) == chain.size and (chain.base is None or size >= chain.base.size):  # it has it in whole sectors
         return size
     if size < chain.disk_size:
         raise UsageError(f"size {size} is below that of {chain.path}, {chain.disk_size}: it can only be larger")

@@ -12,7 +12,7 @@ from cowkit.disk import Checkpoint, Extent, Kind
 from cowkit.disk.arguments import check_function
 from cowkit.disk.disk import Buffer, not_bytes
 from cowkit.disk.trace import TraceEvent
-from cowkit.errors import CowkitError, DiskClosedError, DiskError, ListenError
+from cowkit.errors import CowkitError, DiskClosedError, DiskError, ListenError, ServerError
 from cowkit.hosting.checkpoint import POINTS, HostedCheckpoints
 from cowkit.hosting.errors_in_transit import reassembled
 from cowkit.hosting.messages import Closed
@@ -42,6 +42,8 @@ class HostedDisk:
         self.closed = False
         self.keeps_last = False
         """Whether closing leaves the last state, see :meth:`cowkit.CowDisk.keep_last_state`."""
+        self.lost: str | None = None
+        """Why closing has left none, though it was to: the host has gone."""
         self._host.open_disks.add(self._number)
         try:
             # A relative path to a base means what it means here and now.
@@ -264,7 +266,9 @@ class HostedDisk:
             if not self.foreign and not self._host.ended:
                 arguments = (True,) if self.keeps_last else ()
                 self._left, _ = self._host.call("close", self._number, arguments)
-        except CowkitError:
+        except CowkitError as error:
+            if self.keeps_last and isinstance(error, ServerError):
+                self.lost = str(error)
             raise
         except BaseException:  # an interrupt: the disk is to be closed all the same
             self._forget()

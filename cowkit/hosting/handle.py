@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, Self, Ty
 from cowkit.disk import Checkpoint, Disk, Extent
 from cowkit.disk.disk import Buffer
 from cowkit.disk.sizes import format_size
-from cowkit.errors import BaseChangedError, DiskClosedError, DiskError, UsageError
+from cowkit.errors import BaseChangedError, DiskClosedError, DiskError, ServerError, UsageError
 from cowkit.hosting.local import open_disk
 from cowkit.hosting.local_servers import LocalServers, check_serving
 from cowkit.hosting.options import DiskOptions
@@ -39,6 +39,8 @@ def where_the_disk_is(method: Callable[Concatenate[H, P], T]) -> Callable[Concat
         if self._hosted is None:
             return method(self, *arguments, **options)
         if not self._hosted.has_last:
+            if self._hosted.lost is not None:  # more to the point than that it is closed
+                raise ServerError(self._hosted.lost)
             self._open()
         result: T = self._hosted.call_method(method.__name__, arguments, options)
         return result

@@ -26,6 +26,9 @@ _SLOW = 1 / (1 << 30)
 """Seconds a byte from which on another way is worth a try: a second for 1 GiB."""
 
 
+IOV_MAX = 1024
+"""How many pieces one call takes (Linux, UIO_MAXIOV)."""
+
 _SMALL = 128 << 10
 """Bytes of a piece that tells nothing about the two ways, and that no thread is worth while for."""
 
@@ -94,7 +97,12 @@ class BulkWriter:
         """End the thread, when it has written what it is at."""
         if self._thread is not None:
             self._jobs.put(None)
-            self._thread.join()
+            try:
+                self._thread.join()
+            except (
+                RuntimeError
+            ):  # ctrl-C came while it was being started: if it is there, it finds that nothing is to be done
+                pass
             self._thread = None
         if self._direct_fd >= 0:
             os.close(self._direct_fd)
@@ -132,7 +140,7 @@ class BulkWriter:
 
     def _put_around(self, pieces: Sequence[memoryview], length: int, offset: int) -> bool:
         """Whether it could be written around the page cache, as a whole; otherwise the other way shows what is wrong."""
-        if any(len(piece) % _ALIGNED for piece in pieces):
+        if len(pieces) > IOV_MAX or any(len(piece) % _ALIGNED for piece in pieces):
             return False
         try:
             if self._direct_fd < 0:

@@ -18,7 +18,7 @@ class ImageOutput(Protocol):
         """The same by the end; ``data`` stay as they are until the next call returns."""
 
     def pwrite_scattered(self, pieces: Sequence[tuple[memoryview, int]]) -> None:
-        """Write pieces, each at the offset beside it, of a few KiB each."""
+        """Write pieces, each at the offset beside it, of a few KiB each; what was written meanwhile is written before."""
 
     def pwritev_meanwhile(self, pieces: Sequence[memoryview], length: int, offset: int) -> None:
         """The same for pieces that lie one behind another in it, ``length`` bytes in all."""

@@ -230,7 +230,7 @@ def _cost(identity: BaseIdentity) -> int:
 def _one_at_a_time(batches: Iterable[Batch], output: ImageOutput) -> Iterator[Batch]:
     """The same, but a batch's memory is never used for another one while it is still being written."""
     for batch in batches:
-        if not batch.data:  # whose writing would wait for that of the last one
+        if not batch.size:  # whose writing would wait for that of the last one
             output.drain()
         yield batch
 

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Self
 
-from cowkit.diff.bulk_writer import BulkWriter
+from cowkit.diff.bulk_writer import IOV_MAX, BulkWriter
 from cowkit.disk.files import NO_DISK, names_descriptor
 from cowkit.errors import OutputError
 
@@ -139,6 +139,8 @@ class AtomicOutput:
 
         :raises OutputError: there is no room, or the system fails to write.
         """
+        if pieces:
+            self.drain()  # as any write does: what was written meanwhile may change from now on
         write, fd, replaces, total = os.pwrite, self._fd, self._bulk.replaces, 0
         for data, offset in pieces:
             length = len(data)
@@ -154,7 +156,7 @@ class AtomicOutput:
         self.bytes_written += total
 
     def pwritev_meanwhile(self, pieces: Sequence[memoryview], length: int, offset: int) -> None:
-        """The same for up to 1,024 pieces (IOV_MAX), one behind another, ``length`` bytes in all."""
+        """The same for pieces that lie one behind another, ``length`` bytes in all."""
         self._bulk.write(pieces, length, offset)
         self.bytes_written += length
 
@@ -163,7 +165,7 @@ class AtomicOutput:
         try:
             while rest:
                 # A short write says that room or a limit ran out in its middle: the next one tells which.
-                count = os.pwritev(self._fd, rest, offset)
+                count = os.pwritev(self._fd, rest[:IOV_MAX], offset)
                 offset += count
                 while rest and count >= len(rest[0]):
                     count -= len(rest.pop(0))
@@ -247,14 +249,16 @@ class AtomicOutput:
             self._discard()
 
     def _discard(self) -> None:
-        self._bulk.close()
-        if self._temporary:
-            with contextlib.suppress(OSError):
-                os.unlink(self._temporary)
-            self._temporary = ""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        try:
+            self._bulk.close()
+        finally:
+            if self._temporary:
+                with contextlib.suppress(OSError):
+                    os.unlink(self._temporary)
+                self._temporary = ""
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
 
 
 def _hold(path: str) -> int:

@@ -295,3 +295,15 @@ def test_a_file_that_is_replaced_is_let_go_of_whatever_its_size(tmp_path: Path, 
             thread.join()
     assert out.read_bytes() == b"new"
     assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_ctrl_c_while_the_writers_thread_starts_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(self: threading.Thread) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    before = set(os.listdir("/proc/self/fd"))
+    with pytest.raises(KeyboardInterrupt), AtomicOutput(tmp_path / "out") as output:
+        output.pwrite_meanwhile(memoryview(bytes(2 << 20)), 0)
+    assert names(tmp_path) == []
+    assert set(os.listdir("/proc/self/fd")) == before

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cowkit.diff import ImageOptions, Qcow2Image, write_diff
+from cowkit.diff.bulk_writer import BulkWriter
 from cowkit.diff.identity import sampled_bytes
 from cowkit.diff.samples import MOST_SAMPLES, SAMPLE, Samples
 from cowkit.disk import Disk, Extent, FileBase, Kind, ZeroBase
@@ -183,4 +185,54 @@ def test_an_image_with_subclusters_is_one_that_its_own_reader_finds_sound(tmp_pa
             write_diff(view, tmp_path / "d.qcow2", backing_file="base.img", options=ImageOptions(subclusters=True))
         with Qcow2Image(tmp_path / "d.qcow2", disk.base.pread, disk.base.size) as image:
             image.check()
+            assert image.pread(image.size, 0) == content(disk)
+
+
+def test_nothing_that_is_still_being_written_is_filled_with_something_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large pieces are written by a thread, from memory that is used again; small ones in between come from elsewhere."""
+    path = tmp_path / "base.img"
+    path.write_bytes(random.Random(1).randbytes(48 * MIB))
+    late = threading.Event()
+    put = BulkWriter._put
+
+    def dawdling(self: BulkWriter, pieces: Sequence[memoryview], length: int, offset: int) -> None:
+        late.wait(0.02)  # never set: a writer that takes this long
+        put(self, pieces, length, offset)
+
+    monkeypatch.setattr(BulkWriter, "_put", dawdling)
+
+    def unsure(blocks: int, seed: int) -> bytes:
+        return b"".join(bytes(SAMPLE) + noise(BLOCK - SAMPLE, seed + each) for each in range(blocks))
+
+    with Disk(FileBase(path), tmpdir=tmp_path) as disk:
+        disk.pwrite(noise(2 * MIB, 1), 0)
+        at = 4 * MIB
+        for turn in range(2):
+            disk.pwrite(unsure(128, turn * 1000), at)
+            at += MIB
+            for each in range(256):
+                disk.pwrite(unsure(1, turn * 1000 + 500 + each), at)
+                at += 64 * KIB
+        with disk.freeze() as view:
+            report = write_diff(view, tmp_path / "d.qcow2", backing_file="base.img")
+        assert report.subclusters
+        assert isinstance(disk.base, FileBase)
+        assert read_with_cowkit(tmp_path / "d.qcow2", disk.base) == content(disk)
+
+
+@pytest.mark.parametrize("first", [0, 64 * KIB])
+def test_a_run_whose_blocks_lie_in_two_layers_in_turn_is_written(tmp_path: Path, first: int) -> None:
+    with Disk(ZeroBase(64 * MIB), tmpdir=tmp_path) as disk:
+        if first:
+            disk.pwrite(noise(first, 1), 0)
+        for at in range(MIB, 9 * MIB, 2 * BLOCK):
+            disk.pwrite(noise(BLOCK, at), at)
+        disk.checkpoint()
+        for at in range(MIB + BLOCK, 9 * MIB, 2 * BLOCK):
+            disk.pwrite(noise(BLOCK, at), at)
+        with disk.freeze() as view:
+            write_diff(view, tmp_path / "d.qcow2", backing_file=None)
+        with Qcow2Image(tmp_path / "d.qcow2") as image:
             assert image.pread(image.size, 0) == content(disk)

@@ -184,10 +184,10 @@ class Transmission:
                             gathered += len(reply)
                             start = after
                             continue
-                    elif flags & wire.FLAG_PAYLOAD_LEN and dialect.extended and start + head + length > end:
+                    if flags & wire.FLAG_PAYLOAD_LEN and dialect.extended and start + head + length > end:
                         wanted = head + length
                         break
-                    elif command == CMD_DISC:
+                    if command == CMD_DISC:
                         ended = True
                         break
                     before = len(out)

@@ -11,6 +11,7 @@ import os
 
 from cowkit.disk.counted import Counted
 from cowkit.disk.files import ShortReadError, map_for_reading, pread_whole
+from cowkit.disk.piped import Piped
 from cowkit.disk.room import Room
 from cowkit.errors import OverlayError, OverlayFullError
 
@@ -119,6 +120,40 @@ class Layer(Counted):
                 piece = part[start : start + _FRESH_PIECE]
                 self.write([piece], offset)
                 offset += len(piece)
+
+    def write_piped(self, piped: Piped, length: int, offset: int) -> None:
+        """:meth:`write` of the first ``length`` bytes of those in a pipe.
+
+        :raises OverlayFullError: no space; some of the bytes may have been written, and are no longer in the pipe.
+        """
+        while length:
+            try:
+                count = piped.to_file(self.fd, length, offset)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise self.failed("write", error) from error
+                rest = piped.take_all()  # a file system that takes nothing from pipes (splice(2))
+                self.write([rest], offset)
+                return
+            length -= count
+            offset += count
+
+    def write_fresh_piped(self, piped: Piped, offset: int) -> None:
+        """:meth:`write_fresh` of all that is in a pipe."""
+        if piped.left > _FRESH_PIECE:
+            self._room.find(self.fd, offset, piped.left)
+        while piped.left:
+            length = min(piped.left, _FRESH_PIECE)
+            self.write_piped(piped, length, offset)
+            offset += length
+
+    def take_back(self, piped: Piped, length: int, offset: int) -> memoryview:
+        """The ``length`` bytes that were in a pipe when writing it at ``offset`` began, which failed."""
+        data = memoryview(bytearray(length))
+        written = length - piped.left
+        piped.take(data[written:])
+        self.read_into(data[:written], offset)
+        return data
 
     def failed(self, what: str, error: OSError) -> OverlayError | OverlayFullError:
         """The error to raise for a system call that failed on the layer's file."""

@@ -27,6 +27,7 @@ from cowkit.disk.checkpoint import allocation
 from cowkit.disk.extent import Extent, Kind
 from cowkit.disk.layer import Layer
 from cowkit.disk.owner_map import BASE, CHUNK_MASK, CHUNK_SHIFT, FIRST_LAYER, LAST_LAYER, NO_LAYER, ZERO, OwnerMap, Run
+from cowkit.disk.piped import Piped
 from cowkit.disk.source import PaddedSource, Source, ZeroSource
 from cowkit.errors import CheckpointError, DiskError, OverlayFullError
 
@@ -157,6 +158,40 @@ class Overlay:
             if count == 1 and self._write_block(first, data, offset):
                 return
         self._change(first, last, lambda: self._write_claimed([(data, offset)]))
+
+    def write_piped(self, piped: Piped, offset: int) -> None:
+        """:meth:`write` of all that is in a pipe. Where it fails, some of it may still be there.
+
+        :raises OverlayFullError: no room; all the old bytes stand.
+        """
+        length = piped.left
+        end = offset + length
+        first, last = offset >> self.shift, ((end - 1) >> self.shift) + 1
+        start, count = first & CHUNK_MASK, last - first
+        chunk = self.map.chunks[first >> CHUNK_SHIFT]
+        if start + count <= len(chunk) and chunk.count(self.top, start, start + count) == count:
+            self.layers[self.top].write_piped(piped, length, offset)
+            return
+        whole = not offset & (self.block_size - 1) and (not end & (self.block_size - 1) or end == self.size)
+        data: memoryview | None = None  # once it is not in the pipe any more
+
+        def work() -> None:
+            nonlocal data
+            # Of what has several owners the fresh blocks go first (see _write_claimed), and a pipe has but one order.
+            if data is None and whole and all(owner != self.top for _, _, owner in self.map.runs(first, last)):
+                layer = self._top_layer()
+                try:
+                    layer.write_fresh_piped(piped, offset)
+                except OverlayFullError:
+                    data = layer.take_back(piped, length, offset)  # there may yet be room
+                    raise
+                self.map.set(first, last, self.top)
+                return
+            if data is None:
+                data = piped.take_all()
+            self._write_claimed([(data, offset)])
+
+        self._change(first, last, work)
 
     def _write_block(self, block: int, data: memoryview, offset: int) -> bool:
         """One block or a part of it, as :meth:`_write_claimed` would, in a third of the time; False where it is not that simple."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from cowkit.disk.overlay import Overlay
+    from cowkit.disk.piped import Piped
 
 MOST_EVENTS = 1_000_000
 
@@ -54,21 +55,27 @@ class Trace:
         Its methods are replaced, since a connection looks them up once: a disk without a trace then pays nothing for it, where
         asking for each request whether there is one would cost each of them.
         """
-        write, zero = overlay.write, overlay.zero
+        write, write_piped, zero = overlay.write, overlay.write_piped, overlay.zero
         append, now = self._events.append, time.monotonic
 
         def traced_write(data: memoryview, offset: int) -> None:
             append((now(), "write", offset, len(data), None))
             write(data, offset)
 
+        def traced_write_piped(piped: Piped, offset: int) -> None:
+            append((now(), "write", offset, piped.left, None))
+            write_piped(piped, offset)
+
         def traced_zero(offset: int, length: int) -> None:
             append((now(), "zero", offset, length, None))
             zero(offset, length)
 
         overlay.write = traced_write  # type: ignore[method-assign]
+        overlay.write_piped = traced_write_piped  # type: ignore[method-assign]
         overlay.zero = traced_zero  # type: ignore[method-assign]
 
     def leave(self, overlay: Overlay) -> None:
         """Give ``overlay`` its own methods back, which would otherwise keep it alive."""
         overlay.__dict__.pop("write", None)
+        overlay.__dict__.pop("write_piped", None)
         overlay.__dict__.pop("zero", None)

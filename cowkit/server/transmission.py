@@ -3,7 +3,7 @@
 The way of a request: whatever the client has sent is received into one large buffer; every whole request in it is carried
 out, inside one pass of the disk's gate; all the replies leave in one gathered send. The data of a READ are not copied: the
 send is given views of the base's and the layers' mappings, which the kernel reads. A WRITE's data go from the buffer to
-the layer's file.
+the layer's file; a long one's that follows another goes there through a pipe (:mod:`cowkit.server.piped_writes`).
 
 The gate is never held while waiting for the client, so a client that stalls holds up nobody. Only :meth:`Transmission.run`
 is hot; what is rare or wrong is for :mod:`cowkit.server.requests`, and for :mod:`cowkit.server.sending`.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import mmap
+import socket
 from socket import MSG_DONTWAIT, MSG_WAITALL
 
 from cowkit.disk import Disk, ZeroBase
@@ -22,6 +23,7 @@ from cowkit.disk.owner_map import CHUNK_MASK, CHUNK_SHIFT
 from cowkit.errors import ProtocolError
 from cowkit.server import wire
 from cowkit.server.channel import Channel
+from cowkit.server.piped_writes import DONE, PipedWrites
 from cowkit.server.pool import Need, Steps, drive
 from cowkit.server.replies import Buffers, Dialect, Extended, Simple, Structured
 from cowkit.server.requests import FAILURES, MAXIMUM_PAYLOAD, RequestError, Requests
@@ -74,6 +76,9 @@ class Transmission:
         self._dialect: Dialect = Extended() if extended else Structured() if structured else Simple()
         self._requests = Requests(disk, self._dialect, dict(contexts), read_only=read_only)
         self._sender = Sender(sock, self._dialect)
+        self._piped_writes: PipedWrites | None = None
+        if isinstance(sock, socket.socket):
+            self._piped_writes = PipedWrites(sock, disk, self._dialect, self._requests)
         # Anonymous memory takes room only where it is touched: a client that sends small requests costs a page or two.
         self._buffer = _anonymous_memory(_BUFFER)
         self._long = memoryview(b"")
@@ -94,6 +99,8 @@ class Transmission:
             drive(self._steps(gate_pass), self._sock, may_join=quick)
         finally:
             self._disk.gate.discard(gate_pass)
+            if self._piped_writes is not None:
+                self._piped_writes.close()
 
     def _steps(self, gate_pass: Pass) -> Steps:
         """Carry out what has come, and yield what is needed to go on."""
@@ -115,8 +122,29 @@ class Transmission:
         ended = False
         need = Need.BYTES
         deep = 0
+        piped_writes = self._piped_writes
+        after_long = False  # whether long requests came last: then the next one's head is received by itself
         pooled: bool | None = None  # whether this is another connection's thread, which must not wait for our client
         while not ended:
+            if (
+                wanted > _LONG
+                and end == start + head
+                and start + wanted <= _BUFFER
+                and piped_writes
+                and piped_writes.usable
+            ):
+                _, flags, command, cookie, offset, length = unpack(buffer, start)
+                if command == CMD_WRITE and not flags & other_flags and offset + length <= writable:
+                    body = start + head
+                    count = yield from piped_writes.carry_out(
+                        gate_pass, cookie, offset, length, view[body : body + length]
+                    )
+                    if count == DONE:
+                        start = end = 0
+                        wanted = head
+                        after_long = True
+                        continue
+                    end += count
             while end - start < wanted <= _BUFFER:
                 if start == end:
                     start = end = 0
@@ -125,11 +153,12 @@ class Transmission:
                     start, end = 0, end - start
                 pooled = yield need
                 # Of a long payload no more than its end: what came behind it would have to be moved to make room.
-                count = receive_into(view[end : start + wanted if wanted > _LONG else _BUFFER])
+                count = receive_into(view[end : start + wanted if wanted > _LONG or after_long else _BUFFER])
                 if not count:
                     return
                 end += count
             wanted = head
+            begun = start
             out: Buffers = []
             gathered = 0
             append = out.append
@@ -184,10 +213,10 @@ class Transmission:
                             gathered += len(reply)
                             start = after
                             continue
-                    elif flags & wire.FLAG_PAYLOAD_LEN and dialect.extended and start + head + length > end:
+                    if flags & wire.FLAG_PAYLOAD_LEN and dialect.extended and start + head + length > end:
                         wanted = head + length
                         break
-                    elif command == CMD_DISC:
+                    if command == CMD_DISC:
                         ended = True
                         break
                     before = len(out)
@@ -198,6 +227,7 @@ class Transmission:
                     gathered += sum(map(len, out[before:]))
                     if len(out) >= _MOST_BUFFERS or gathered >= _MOST_BYTES:
                         break
+            after_long = start - begun > len(out) * _LONG and piped_writes is not None and piped_writes.usable
             if len(out) > _FEW:
                 deep = _DEEP
             elif deep:

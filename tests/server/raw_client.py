@@ -339,7 +339,7 @@ def assert_serves(server: NbdServer) -> None:
 
 
 @contextmanager
-def serving(base: Base | int, **options: bool) -> Iterator[NbdServer]:
+def serving(base: Base | int, **options: int) -> Iterator[NbdServer]:
     """A server of a new disk on ``base``, or blank with so many bytes; afterwards no thread of the server's is left."""
     threads = set(threading.enumerate())
     with Disk(ZeroBase(base) if isinstance(base, int) else base, **options) as disk:  # type: ignore[arg-type]

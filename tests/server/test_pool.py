@@ -187,7 +187,7 @@ OPERATION = st.tuples(
 )
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(OPERATION, max_size=40), st.integers(0, 2**32))
 def test_any_requests_of_any_of_them_act_like_those_on_one_array(
     operations: list[tuple[int, int, int, int]], seed: int

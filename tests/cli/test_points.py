@@ -37,6 +37,7 @@ def test_checkpoints_are_named_and_listed(base: Path, serve: Serve, cowkit: Run)
     assert names[1] == "mine"
     assert "mine" in complaint(cowkit("checkpoint", "mine"))
     assert "never" in complaint(cowkit("rollback", "never"))
+    assert "no checkpoint can be called 'cow'" in complaint(cowkit("checkpoint", "cow"))
 
 
 def test_nothing_to_control_is_said(cowkit: Run) -> None:

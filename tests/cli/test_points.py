@@ -43,7 +43,7 @@ def test_checkpoints_are_named_and_listed(base: Path, serve: Serve, cowkit: Run)
 def test_nothing_to_control_is_said(cowkit: Run) -> None:
     for command in (("checkpoint",), ("rollback", "x"), ("reset",)):
         assert complaint(cowkit(*command)) == (
-            "no server matches what is being served: nothing is being served; start one with `cowkit serve BASE`"
+            "nothing is being served: start a server with `cowkit serve BASE`"
         )
 
 

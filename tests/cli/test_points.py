@@ -42,9 +42,7 @@ def test_checkpoints_are_named_and_listed(base: Path, serve: Serve, cowkit: Run)
 
 def test_nothing_to_control_is_said(cowkit: Run) -> None:
     for command in (("checkpoint",), ("rollback", "x"), ("reset",)):
-        assert complaint(cowkit(*command)) == (
-            "nothing is being served: start a server with `cowkit serve BASE`"
-        )
+        assert complaint(cowkit(*command)) == ("nothing is being served: start a server with `cowkit serve BASE`")
 
 
 def test_what_is_served_is_listed(base: Path, tmp_path: Path, serve: Serve, cowkit: Run) -> None:

@@ -8,13 +8,11 @@ import stat
 from cowkit.cli.file_argument import file_argument
 from cowkit.errors import ControlError, UsageError
 from cowkit.server.control_client import ControlClient
-from cowkit.server.runtime import ServerInfo, identity_of, running
+from cowkit.server.runtime import CONTROL_SOCKET, NBD_SOCKET, ServerInfo, identity_of, running
 
 TYPE_CHECKING = False  # as typing has it, which takes long to import
 if TYPE_CHECKING:
     import argparse
-
-_ANY = "what is being served"
 
 
 def add_choice(parser: argparse.ArgumentParser, *, source: str = "SERVER", more: str = "") -> None:
@@ -25,7 +23,7 @@ def add_choice(parser: argparse.ArgumentParser, *, source: str = "SERVER", more:
         "--from",
         dest="source",
         metavar=source,
-        help="the server of this name, process id, NBD URI or control socket; `cowkit ls` lists them" + more,
+        help="the server of this name, process id, NBD URI or socket; `cowkit ls` lists them" + more,
     )
     if more:
         file_argument(chosen)
@@ -47,6 +45,7 @@ def choose(base: str | None, source: str | None, servers: list[ServerInfo] | Non
             raise UsageError(f"{option} is empty: give a name, or leave it out")
     if servers is None:
         servers = running()
+    wanted = None
     if source is not None:
         found = _from(source, servers)
         if base is not None:
@@ -59,16 +58,20 @@ def choose(base: str | None, source: str | None, servers: list[ServerInfo] | Non
         wanted = f"base {base}"
     else:
         found = servers
-        wanted = _ANY
+    found = of_one_disk(found)
     if len(found) == 1:
         return found[0]
     if found:
-        more = " by process id" if source is not None else ""
-        if wanted == _ANY:
-            raise ControlError(f"{len(found)} disks are being served: {_list(found)}; choose one with --base or --from")
-        raise ControlError(f"{len(found)} servers match {wanted}: {_list(found)}; choose one{more} with --from")
+        names = {server.name for server in found}
+        more = "by process id " if source is not None or len(names) < len(found) else ""
+        if wanted is None:
+            how = "with --base or --from" if _told_by_base(found) else f"{more}with --from"
+            raise ControlError(f"{len(found)} disks are being served: {_list(found)}; choose one {how}")
+        raise ControlError(f"{len(found)} servers match {wanted}: {_list(found)}; choose one {more}with --from")
     if not servers:
         start = f"cowkit serve {base or 'BASE'}"
+        if wanted is None:
+            raise ControlError(f"nothing is being served: start a server with `{start}`")
         raise ControlError(f"no server matches {wanted}: nothing is being served; start one with `{start}`")
     how = "leave out --base, or --from" if source and base and _from(source, servers) else "choose one with --from"
     raise ControlError(f"no server matches {wanted}; these are running: {_list(servers)}; {how}")
@@ -79,6 +82,20 @@ def _list(servers: list[ServerInfo]) -> str:
         f"{server.name} (pid {server.pid}, {f'base {server.base}' if server.base else 'blank'}, {server.uri})"
         for server in servers
     )
+
+
+def of_one_disk(servers: list[ServerInfo]) -> list[ServerInfo]:
+    """Those of several servers that have one disk for all clients: others have no checkpoint and no diff, so are not meant.
+
+    Where there are no such servers, all of them: what is asked then says why it cannot.
+    """
+    return [server for server in servers if server.share == "all"] or servers
+
+
+def _told_by_base(servers: list[ServerInfo]) -> bool:
+    """Whether the base tells each of ``servers`` that has one from the others."""
+    bases = [server.identity or server.base for server in servers if server.base is not None]
+    return 0 < len(bases) == len(set(bases))
 
 
 def serves(server: ServerInfo, base: str) -> bool:
@@ -102,27 +119,36 @@ def _from(source: str, servers: list[ServerInfo]) -> list[ServerInfo]:
         for server in servers
         if source in (server.name, *server.uris)
         or _socket_of(source) in map(_socket_of, server.uris)
-        or os.path.realpath(source) == os.path.realpath(server.control)
+        or os.path.realpath(source) in map(os.path.realpath, (server.control, *_sockets_of(server)))
     ]
     if found:
         return found
     try:
-        if stat.S_ISSOCK(os.stat(source).st_mode):
-            return [_ask(source)]
+        if not stat.S_ISSOCK(os.stat(source).st_mode):
+            return []
     except (OSError, ValueError):
-        pass
-    return []
+        return []
+    folder, name = os.path.split(os.path.realpath(source))
+    beside = os.path.join(folder, CONTROL_SOCKET)
+    if name == NBD_SOCKET and os.path.exists(beside):  # of another runtime directory
+        source = beside
+    return [_ask(source)]
+
+
+def _sockets_of(server: ServerInfo) -> list[str]:
+    """The paths of its Unix sockets for NBD clients."""
+    return [found[1] for uri in server.uris if isinstance(found := _socket_of(uri), tuple)]
 
 
 def _socket_of(uri: str) -> object:
     """The export's name and the socket of the URI of a Unix socket, however it is spelt; the word itself otherwise."""
-    if not uri.startswith("nbd+unix:"):
+    if not uri.startswith(("nbd+unix:", "nbds+unix:")):
         return uri
     from urllib.parse import parse_qs, unquote, urlsplit
 
     try:
         parts = urlsplit(uri)
-        sockets = parse_qs(parts.query).get("socket", [])
+        sockets = parse_qs(parts.query, errors="surrogateescape").get("socket", [])
     except ValueError:
         return uri
     return (unquote(parts.path.removeprefix("/")), os.path.realpath(sockets[0])) if sockets else uri

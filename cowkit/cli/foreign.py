@@ -11,7 +11,7 @@ import os
 import stat
 
 from cowkit.cli.answers import is_asked
-from cowkit.cli.choose import choose, matching, serves
+from cowkit.cli.choose import choose, matching, of_one_disk, serves
 from cowkit.cli.image_arguments import image_options
 from cowkit.errors import ControlError, UsageError
 from cowkit.server.control_client import ControlClient
@@ -167,7 +167,7 @@ def _server_below(arguments: argparse.Namespace, servers: list[ServerInfo]) -> S
     from cowkit.diff.qcow2.header import backing_chain
 
     below = backing_chain(os.path.abspath(base))
-    found = [server for server in servers if any(serves(server, each) for each in below)]
+    found = of_one_disk([server for server in servers if any(serves(server, each) for each in below)])
     return found[0] if len(found) == 1 else None
 
 

@@ -221,6 +221,7 @@ class Serving:
             uris=self.uris,
             started=time.time(),
             control=str(directory / CONTROL_SOCKET),
+            share=given.share,
         )
         commands = shared_commands(
             DiskCommands(self.disk, self.info, quit=self._quit).table(), given.share, lambda: self.server.written_bytes

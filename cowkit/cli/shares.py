@@ -23,12 +23,12 @@ def shared_commands(
 ) -> dict[str, Command]:
     """``commands`` of a server with ``--share``: those that are about one disk refuse where there are several.
 
-    ``cowkit-query-disk`` tells ``share``, and where there are several, as ``dirty-bytes``, what was written on all of them together.
+    ``cowkit-query-disk`` tells, where there are several, as ``dirty-bytes``, what was written on all of them together.
     """
     query = commands["cowkit-query-disk"]
 
     def tell(context: CommandContext, arguments: dict[str, Any]) -> Any:
-        known = {**query.run(context, arguments), "share": share}
+        known = query.run(context, arguments)
         return known if share == "all" else known | {"dirty-bytes": written_bytes()}
 
     def refuse(context: CommandContext, arguments: dict[str, Any]) -> Any:

@@ -32,7 +32,11 @@ _OUR_KINDS = ("qcow2", "raw", "rbd")
 
 _OURS = ("backing-file", "backing-fmt", "data-file", "driver", "extents", "file", "size")
 """QEMU's options for making an image that are not for users to choose."""
-_SAID_OTHERWISE = {"cluster-size": "cluster size", "extended-l2": "subclusters"}
+_SAID_OTHERWISE = {
+    "cluster-size": "--cluster-size (in Python, cluster_size=)",
+    "extended-l2": "--subclusters or --no-subclusters (in Python, subclusters=)",
+    "compression-type": "--compress (in Python, compress=)",
+}
 """QEMU's options for qcow2 that cowkit has options of its own for."""
 
 
@@ -223,4 +227,4 @@ class ImageOptions(NamedTuple):
             if plain in _OURS:
                 raise UsageError(f"the image option {key!r} is cowkit's own to choose: leave it out")
             if self.kind == "qcow2" and plain in _SAID_OTHERWISE:
-                raise UsageError(f"the image option {key!r} is called {_SAID_OTHERWISE[plain]} here: give that instead")
+                raise UsageError(f"the image option {key!r} is cowkit's own: give {_SAID_OTHERWISE[plain]} instead")

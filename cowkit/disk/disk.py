@@ -34,6 +34,9 @@ MOST_BLOCKS = 1 << 34
 LONGEST_NAME = 1023
 """Of a checkpoint, in bytes: it becomes part of an NBD metadata context's name (at most 4096) and of a QEMU bitmap's (1023)."""
 
+WHOLE_NAME = "cow"
+"""No checkpoint's name: the dirty bitmap ``qemu:dirty-bitmap:cow`` is of everything since the beginning."""
+
 _MERGE_PIECE = 8 << 20
 _MERGE_ROUNDS = 64
 
@@ -248,6 +251,7 @@ class Disk:
 
         :param name: for :meth:`rollback` and for people; ``checkpoint-1`` and so on, unless given.
         :raises CheckpointError: a checkpoint of that name exists.
+        :raises UsageError: the name is no printable text, too long, or ``"cow"``.
         """
         return self._shut(lambda: self._checkpoint(name))
 
@@ -272,6 +276,11 @@ class Disk:
             or not name.isprintable()
         ):
             raise UsageError(f"checkpoint name {name!r} is no printable text of 1 to {LONGEST_NAME} bytes")
+        if name == WHOLE_NAME:
+            raise UsageError(
+                f"no checkpoint can be called {name!r}: over NBD, qemu:dirty-bitmap:{name} is what was written since the beginning; "
+                "choose another name"
+            )
         if name in taken:
             raise CheckpointError(f"there is a checkpoint {name!r} already: choose another name, or roll back past it")
         return name

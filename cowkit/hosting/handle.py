@@ -195,6 +195,7 @@ class DiskHandle:
 
         :param name: ``checkpoint-1`` and so on, unless given.
         :raises CheckpointError: a checkpoint of that name exists.
+        :raises UsageError: the name is no printable text, too long, or ``"cow"``.
         """
         return self._disk.checkpoint(name)
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from cowkit.disk import Disk, Kind
+from cowkit.disk.disk import WHOLE_NAME
 from cowkit.disk.owner_map import BASE, ZERO
 from cowkit.errors import CheckpointError
 from cowkit.server import wire
@@ -21,7 +22,7 @@ from cowkit.server import wire
 Descriptor = tuple[int, int]
 """``(length, flags)``; the length is never 0."""
 
-WHOLE_OVERLAY = "cow"
+WHOLE_OVERLAY = WHOLE_NAME
 """The dirty bitmap of everything since the beginning."""
 
 MOST_DESCRIPTORS = 1 << 16
@@ -33,7 +34,7 @@ _ALLOCATION = {Kind.DATA: 0, Kind.ZERO: wire.STATE_HOLE | wire.STATE_ZERO, Kind.
 
 def contexts_of(disk: Disk) -> tuple[str, ...]:
     """The names of the contexts that a disk has at the moment."""
-    bitmaps = [WHOLE_OVERLAY, *(point.name for point in disk.checkpoints if point.name != WHOLE_OVERLAY)]
+    bitmaps = [WHOLE_OVERLAY, *(point.name for point in disk.checkpoints)]
     return (wire.BASE_ALLOCATION, wire.ALLOCATION_DEPTH, *(wire.DIRTY_BITMAP + name for name in bitmaps))
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from typing import Any, Self
 
 _RECEIVE = 1 << 18
+_NBD_GREETING = b"NBDMAGIC"
 _ANSWER_LIMIT = 1 << 28
 """How many bytes are taken for one answer: a report may list many extents."""
 
@@ -107,6 +108,14 @@ class ControlClient:
         looked = 0
         while (end := received.find(b"\n", looked)) < 0:
             looked = len(received)
+            if received.startswith(_NBD_GREETING):  # and then waits for us
+                from urllib.parse import quote
+
+                uri = f"nbd+unix:///?socket={quote(os.path.abspath(self.path))}"
+                raise ControlError(
+                    f"what answers at {self.path} speaks NBD: it is no control socket of cowkit's (as the source of a difference, "
+                    f"give its URI: {uri})"
+                )
             if looked > _ANSWER_LIMIT:
                 raise ControlError(
                     f"what answers at {self.path} does not speak QMP: message of over {_ANSWER_LIMIT} bytes"

@@ -232,7 +232,7 @@ def identity_of(path: str | os.PathLike[str]) -> tuple[int, int]:
 class ServerInfo:
     """A disk that a living process serves, and how to reach it; not changed once it is made."""
 
-    __slots__ = ("base", "control", "identity", "name", "pid", "size", "started", "uris")
+    __slots__ = ("base", "control", "identity", "name", "pid", "share", "size", "started", "uris")
 
     def __init__(
         self,
@@ -244,6 +244,7 @@ class ServerInfo:
         uris: tuple[str, ...],
         started: float,
         control: str,
+        share: str = "all",
     ) -> None:
         self.pid = pid
         self.name = name
@@ -260,6 +261,8 @@ class ServerInfo:
         """Seconds since 1970."""
         self.control = control
         """The path of its control socket."""
+        self.share = share
+        """Who shares a disk; there is one disk with ``"all"`` alone."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ServerInfo) and self.to_json() == other.to_json()
@@ -283,6 +286,7 @@ class ServerInfo:
             "uris": list(self.uris),
             "started": self.started,
             "control": self.control,
+            "share": self.share,
         }
 
     @classmethod
@@ -304,6 +308,7 @@ class ServerInfo:
             uris=uris,
             started=float(value["started"]),
             control=str(value["control"]),
+            share=str(value.get("share", "all")),
         )
 
 

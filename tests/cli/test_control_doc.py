@@ -35,7 +35,7 @@ def test_a_server_of_another_runtime_directory_is_found_by_its_control_socket_al
     serve("--size", "1M")
     (info,) = running()
     monkeypatch.setenv("COWKIT_RUNTIME_DIR", str(runtime.with_name("other")))
-    assert cowkit("checkpoint").stderr.startswith("cowkit: no server matches ")
+    assert cowkit("checkpoint").stderr.startswith("cowkit: nothing is being served: ")
     assert cowkit("checkpoint", "point", "--from", info.control).stdout == "point\n"
     assert cowkit("diff", "--from", info.control, "--stat").returncode == 0
 

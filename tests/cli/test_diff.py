@@ -230,6 +230,51 @@ def test_two_servers_of_one_base_are_listed(base: Path, serve: Serve, cowkit: Ru
         assert "--from" in said
 
 
+def test_what_is_advised_tells_one_server_from_another(base: Path, tmp_path: Path, serve: Serve, cowkit: Run) -> None:
+    serve(base)
+    other = tmp_path / "other.img"
+    other.write_bytes(b"other")
+    serve(other)
+    assert complaint(cowkit("diff", "--stat")).endswith("; choose one with --base or --from")
+    serve(base)
+    assert complaint(cowkit("diff", "--stat")).endswith("; choose one by process id with --from")
+
+
+@pytest.mark.parametrize("share", ["connection", "export"])
+def test_a_server_of_many_disks_is_not_meant_beside_one_of_a_single_disk(
+    share: str, base: Path, serve: Serve, cowkit: Run
+) -> None:
+    many = serve(base, "--share", share)
+    assert "for the one disk of `--share all`" in complaint(cowkit("checkpoint", "mine"))
+    serve(base)
+    for arguments in ((), ("--base", base)):
+        assert cowkit("diff", "--stat", *arguments).returncode == 0
+    assert cowkit("checkpoint", "mine").stdout == "mine\n"
+    assert f"(--share {share})" in complaint(cowkit("checkpoint", "--from", many.pid))
+
+
+def test_the_socket_for_nbd_clients_names_its_server_too(
+    base: Path, tmp_path: Path, serve: Serve, cowkit: Run, runtime: Path
+) -> None:
+    serve(base)
+    elsewhere = tmp_path / "ä sock"
+    server = serve(base, "--socket", elsewhere, "--export-name", "mine")
+    (inner,) = runtime.glob("*/nbd.sock")
+    for path, other in ((inner, ""), (inner, str(tmp_path / "other")), (elsewhere, "")):
+        options = {"COWKIT_RUNTIME_DIR": other} if other else {}
+        name = f"at {path.name}{other and ' from afar'}"
+        assert cowkit("checkpoint", "--from", path, name, **options).stdout == f"{name}\n"
+    assert cowkit("checkpoint", "--from", server.pid, "--list").stdout == f"at {elsewhere.name}\n"
+
+
+def test_an_nbd_socket_without_a_control_socket_is_said_at_once(base: Path, tmp_path: Path, cowkit: Run) -> None:
+    path = tmp_path / "sock"
+    with CowDisk(base) as disk, disk.serve(socket=path):
+        told = complaint(cowkit("diff", "--base", base, "--from", path, "--stat"))
+        assert f"what answers at {path} speaks NBD: it is no control socket" in told
+        assert cowkit("diff", "--base", base, "--from", told.split()[-1].rstrip(")"), "--stat").returncode == 0
+
+
 def test_an_unknown_server_is_said(base: Path, tmp_path: Path, serve: Serve, cowkit: Run) -> None:
     serve(base)
     (tmp_path / "other.img").write_bytes(b"other")

@@ -37,13 +37,12 @@ def test_checkpoints_are_named_and_listed(base: Path, serve: Serve, cowkit: Run)
     assert names[1] == "mine"
     assert "mine" in complaint(cowkit("checkpoint", "mine"))
     assert "never" in complaint(cowkit("rollback", "never"))
+    assert "no checkpoint can be called 'cow'" in complaint(cowkit("checkpoint", "cow"))
 
 
 def test_nothing_to_control_is_said(cowkit: Run) -> None:
     for command in (("checkpoint",), ("rollback", "x"), ("reset",)):
-        assert complaint(cowkit(*command)) == (
-            "no server matches what is being served: nothing is being served; start one with `cowkit serve BASE`"
-        )
+        assert complaint(cowkit(*command)) == ("nothing is being served: start a server with `cowkit serve BASE`")
 
 
 def test_what_is_served_is_listed(base: Path, tmp_path: Path, serve: Serve, cowkit: Run) -> None:

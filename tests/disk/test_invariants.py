@@ -328,6 +328,13 @@ def test_two_checkpoints_cannot_share_a_name_and_a_name_is_a_text() -> None:
                 disk.checkpoint(name)
 
 
+def test_no_checkpoint_has_the_name_of_the_dirty_bitmap_of_everything() -> None:
+    with Disk(ZeroBase(BLOCK)) as disk:
+        with pytest.raises(UsageError, match="qemu:dirty-bitmap:cow is what was written since the beginning"):
+            disk.checkpoint("cow")
+        assert disk.checkpoints == []
+
+
 def test_a_disk_out_of_layers_says_so_and_goes_on() -> None:
     with Disk(ZeroBase(BLOCK)) as disk:
         with pytest.raises(CheckpointError, match="layers"):

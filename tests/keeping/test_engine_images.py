@@ -76,6 +76,19 @@ def test_each_format_of_qemu_reads_as_the_disk(
     assert named.get("backing-filename") == report.backing_file
 
 
+def test_options_may_have_the_names_that_qemu_img_gives_them(disk: CowDisk) -> None:
+    for compat in ("0.10", "1.1"):
+        disk.diff("a.qcow2", image_options={"compat": compat})
+        assert info("a.qcow2")["format-specific"]["data"]["compat"] == compat
+    for on, version in ((True, "6"), ("off", "4")):
+        disk.diff("b.vmdk", format="vmdk", image_options={"compat6": on})
+        assert f'ddb.virtualHWVersion = "{version}"'.encode() in Path("b.vmdk").read_bytes()[:65536]
+    disk.diff("c.vdi", format="vdi", image_options={"static": "on"})
+    run("qemu-img", "compare", "-q", "-f", "vdi", "-F", "raw", "c.vdi", "now.img")
+    kind_of_image = Path("c.vdi").read_bytes()[76:80]  # 1: dynamic, 2: static
+    assert int.from_bytes(kind_of_image, "little") == 2
+
+
 def test_options_reach_the_image(disk: CowDisk) -> None:
     disk.diff("a.qcow2", image_options={"lazy-refcounts": "on", "refcount_bits": "8"})
     data = info("a.qcow2")["format-specific"]["data"]
@@ -127,7 +140,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"format": ""}, "this QEMU cannot write the format ''"),
     ({"image_options": {"size": "1"}}, "the image option 'size' is cowkit's own to choose"),
     ({"image_options": {"backing_file": "x"}}, "the image option 'backing_file' is cowkit's own to choose"),
-    ({"image_options": {"cluster_size": "4K"}}, "is called cluster size here"),
+    (
+        {"image_options": {"cluster_size": "4K"}},
+        "'cluster_size' is cowkit's own: give --cluster-size (in Python, cluster_size=) ",
+    ),
+    ({"image_options": {"compression_type": "zstd"}}, "give --compress (in Python, compress=) instead"),
+    ({"image_options": {"compat": "0.9"}}, "'compat' of the format qcow2 is none of 0.10, v2, 1.1, v3: '0.9'"),
+    ({"image_options": {"compat": "1.1", "version": "v3"}}, "is given twice"),
     ({"image_options": {"colour": "red"}}, "there is no image option 'colour' of the format qcow2: QEMU has "),
     ({"image_options": {"encrypt": "luks"}}, "'encrypt' of the format qcow2 takes no value of its own"),
     ({"image_options": {"version": "v9"}}, "'version' of the format qcow2 is none of v2, v3: 'v9'"),

@@ -277,7 +277,6 @@ def test_the_bitmap_of_a_checkpoint_that_is_gone_is_an_error_and_the_connection_
 
 
 def test_contexts_are_listed_with_one_for_each_checkpoint(server: NbdServer) -> None:
-    server.disk.checkpoint("cow")  # shadowed by the bitmap of everything
     server.disk.checkpoint("a")
     with RawClient(where(server)) as client:
         client.greet()

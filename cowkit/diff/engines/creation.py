@@ -7,7 +7,7 @@ QMP wants numbers as numbers and options within options as objects; which is whi
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from cowkit.disk.sizes import parse_size
 from cowkit.errors import UsageError
@@ -15,6 +15,21 @@ from cowkit.errors import UsageError
 _TRUTH = {"on": True, "yes": True, "true": True, "y": True, "off": False, "no": False, "false": False, "n": False}
 
 Json = dict[str, Any]
+
+
+class _Renamed(NamedTuple):
+    """What `qemu-img create -o` calls by another name than QMP, with the values of both."""
+
+    name: str
+    values: dict[str, str]
+
+
+_OF_QEMU_IMG = {
+    ("qcow2", "compat"): _Renamed("version", {"0.10": "v2", "v2": "v2", "1.1": "v3", "v3": "v3"}),
+    ("vmdk", "compat6"): _Renamed("hwversion", {"on": "6", "off": "4"}),
+    ("vdi", "static"): _Renamed("preallocation", {"on": "metadata", "off": "off"}),
+}
+"""By format and name, as block/qcow2.c, block/vmdk.c and block/vdi.c of QEMU translate them."""
 
 
 class CreationOptions:
@@ -52,13 +67,11 @@ class CreationOptions:
         """
         result: Json = {}
         for key, value in options.items():
-            self._put(
-                result,
-                self._variants[format],
-                str(key).replace("_", "-").split("."),
-                value,
-                f"{key!r} of the format {format}",
-            )
+            name, what = str(key).replace("_", "-"), f"{key!r} of the format {format}"
+            renamed = _OF_QEMU_IMG.get((format, name))
+            if renamed is not None and name not in self._members(self._variants[format]):
+                name, value = renamed.name, _translated(renamed, value, what)
+            self._put(result, self._variants[format], name.split("."), value, what)
         return result
 
     def _put(self, into: Json, kind: str, names: list[str], value: str | int | bool, what: str) -> None:
@@ -108,3 +121,12 @@ class CreationOptions:
         for variant in described.get("variants", []):
             found |= self._members(variant["type"])
         return found
+
+
+def _translated(renamed: _Renamed, value: str | int | bool, what: str) -> str:
+    word = str(value).lower()
+    if word in _TRUTH and "on" in renamed.values:
+        word = "on" if _TRUTH[word] else "off"
+    if word not in renamed.values:
+        raise UsageError(f"the image option {what} is none of {', '.join(renamed.values)}: {str(value)!r}")
+    return renamed.values[word]

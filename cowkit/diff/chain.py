@@ -142,6 +142,19 @@ class DiffChain:
         :raises UsageError: ``full``, and that digest is not recorded.
         """
         lowest = self.images[-1]
+        made_of = self._identity(lowest)
+        if (
+            base is not None
+            and made_of is not None
+            and made_of.increment
+            and self.below is not None
+            and self.below.format == "qcow2" != base.backing_format
+            and not _leads_to(self.below, base)
+        ):
+            raise WrongBaseError(
+                f"{self.below.name} is missing, a difference that {lowest.path} stands on: {base.given} cannot stand in for it, "
+                "put it back where it was"
+            )
         if base is None and self.below is not None:
             raise WrongBaseError(
                 f"{self.path} is a difference to {self.below.name}, and no disk without a base: name that base"

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from cowkit.cow_disk import CowDisk
 from cowkit.diff import Qcow2Image
 from cowkit.diff.identity import BaseIdentity
+from cowkit.errors import WrongBaseError
 from tests.cli.helpers import COWKIT, Run, Serve, complaint, content, read, write
 
 pytestmark = pytest.mark.requires(modules=["nbd"])
@@ -125,3 +127,19 @@ def test_a_signal_ends_it_while_its_base_is_being_opened(tmp_path: Path, number:
             process.send_signal(number)
             assert process.communicate(timeout=20)[0] == b""
             assert process.returncode == 128 + number
+
+
+def test_a_base_does_not_stand_in_for_a_difference_that_is_missing(tmp_path: Path) -> None:
+    base = tmp_path / "base.img"
+    base.write_bytes(b"x".ljust(64 << 20, b"\0"))
+    with CowDisk(base) as disk:
+        disk.pwrite(b"1" * 4096, 30728 * 1024)  # where no block is sampled
+        disk.checkpoint("mon")
+        disk.diff(tmp_path / "d1.qcow2", at="mon")
+        disk.pwrite(b"2" * 4096, 50 << 20)
+        disk.diff(tmp_path / "d2.qcow2", since="mon", backing_file="d1.qcow2")
+    with CowDisk(base, overlay=tmp_path / "d2.qcow2") as disk:
+        assert disk.pread(1, 30728 * 1024) == b"1"
+    (tmp_path / "d1.qcow2").unlink()
+    with pytest.raises(WrongBaseError, match=r"d1\.qcow2 is missing"):
+        CowDisk(base, overlay=tmp_path / "d2.qcow2")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cowkit.diff import Qcow2Image
-from cowkit.diff.identity import BaseIdentity
+from cowkit.diff.recorded import Recorded
 from tests.cli.helpers import COWKIT, Run, Serve, complaint, content, read, write
 
 pytestmark = pytest.mark.requires(modules=["nbd"])
@@ -89,9 +89,9 @@ def test_the_digest_of_the_whole_base_is_that_of_sha256sum(
     serve("disk.img")
     assert cowkit("diff", "--base", "disk.img", "-o", "d.qcow2", "--hash", "full").returncode == 0
     with Qcow2Image(tmp_path / "d.qcow2") as image:
-        assert image.identity is not None
-        full = BaseIdentity.from_bytes(image.identity, "d.qcow2").full
-    assert full == hashlib.sha256(base.read_bytes()).hexdigest()
+        identity = Recorded.of_image(image).base
+    assert identity is not None
+    assert identity.full == hashlib.sha256(base.read_bytes()).hexdigest()
     said = complaint(cowkit("diff", "--base", "disk.img", "-o", "d.qcow2", "--hash", "full", "--raw"))
     assert "leave out hash" in said
 

@@ -35,6 +35,8 @@ def open_bottom(
         try:
             opened = open_base(below.path or below.name, format=format or below.format)
         except BaseOpenError as error:
+            if chain.missing is not None:
+                raise BaseOpenError(f"{error}; {chain.missing}") from error
             raise BaseOpenError(
                 f"{error}; {below.image} stands on it: name the base, if it is elsewhere (--base)"
             ) from error

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple, Self
 from cowkit.diff.identity import BaseIdentity, Progress
 from cowkit.diff.qcow2.layout import MAGIC, image_size
 from cowkit.diff.qcow2.reader import Qcow2Image
+from cowkit.diff.recorded import Recorded
 from cowkit.disk import Base
 from cowkit.disk.extent import Extent, Kind, merged
 from cowkit.disk.files import is_same_file
@@ -127,7 +128,21 @@ class DiffChain:
 
     @staticmethod
     def _identity(image: Qcow2Image) -> BaseIdentity | None:
-        return None if image.identity is None else BaseIdentity.from_bytes(image.identity, image.path)
+        return Recorded.of_image(image).base
+
+    @property
+    def missing(self) -> str | None:
+        """Which difference is missing, in words; None where the chain goes down to where a base is to be.
+
+        An increment says of itself that it stands on one more difference, and that was not found as a qcow2 image.
+        """
+        identity, below = self._identity(self.images[-1]), self.below
+        if identity is None or not identity.increment or below is None or below.format != "qcow2":
+            return None
+        return (
+            f"{below.image} stands on one more difference, {below.name}, which is missing: put that back, or record in "
+            f"{below.image} where it is (qemu-img rebase -u -b DIFFERENCE -F qcow2)"
+        )
 
     # Standing on a base
 
@@ -142,19 +157,6 @@ class DiffChain:
         :raises UsageError: ``full``, and that digest is not recorded.
         """
         lowest = self.images[-1]
-        made_of = self._identity(lowest)
-        if (
-            base is not None
-            and made_of is not None
-            and made_of.increment
-            and self.below is not None
-            and self.below.format == "qcow2" != base.backing_format
-            and not _leads_to(self.below, base)
-        ):
-            raise WrongBaseError(
-                f"{self.below.name} is missing, a difference that {lowest.path} stands on: {base.given} cannot stand in for it, "
-                "put it back where it was"
-            )
         if base is None and self.below is not None:
             raise WrongBaseError(
                 f"{self.path} is a difference to {self.below.name}, and no disk without a base: name that base"
@@ -165,6 +167,9 @@ class DiffChain:
             raise WrongBaseError(
                 f"{self.path} stands alone and is no difference to {base.given}: use it without a base, or as one"
             )
+        missing = None if base is None or self.below is None or _leads_to(self.below, base) else self.missing
+        if missing is not None and base is not None and base.backing_format != "qcow2":
+            raise WrongBaseError(f"{base.given} is no base for {self.path}: {missing}")
         self.base = base
         for index, image in reversed(list(enumerate(self.images))):  # what is wrong below shows through above, too
             identity = self._identity(image)
@@ -181,12 +186,14 @@ class DiffChain:
             if compare and bottom:
                 self.whole_base = True
             if why is not None:
+                if bottom and missing is not None and base is not None:
+                    raise WrongBaseError(f"{base.given} is no base for {self.path}: {missing}")
                 below = base.given if bottom and base is not None else self.images[index + 1].path
                 raise WrongBaseError(
                     f"{image.path} is a difference to another base than {below}: {why}; it was made of {image.backing_file}, "
                     "which may have been written to since"
                 )
-        if base is None or lowest.identity is not None:
+        if base is None or self._identity(lowest) is not None:
             self.recognised = "identity"
             return
         if full:
@@ -204,8 +211,16 @@ class DiffChain:
         return self.images[0].size
 
     @property
+    def exact_size(self) -> int | None:
+        """The size of the disk that it is the difference of, as it is recorded; None where it is not, or somebody has resized the image."""
+        disk = Recorded.of_image(self.images[0]).disk
+        return disk if disk is not None and image_size(disk) == self.size else None
+
+    @property
     def disk_size(self) -> int:
-        """The size of the disk that it is the difference of: the base's own, if that is as many sectors."""
+        """The same; where it is not recorded, the base's own, if that is as many sectors."""
+        if (exact := self.exact_size) is not None:
+            return exact
         return self.base.size if self.base is not None and image_size(self.base.size) == self.size else self.size
 
     def pread(self, length: int, offset: int) -> bytes:
@@ -302,7 +317,7 @@ def _goes_on(image: Qcow2Image, below: Below, *, to_a_base: bool) -> bool:
         return True
     try:
         with Qcow2Image(below.path) as lower:
-            return lower.identity is not None
+            return DiffChain._identity(lower) is not None
     except ImageError:
         return False
 

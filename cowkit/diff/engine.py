@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from cowkit.diff.identity import BaseIdentity, Progress
+from cowkit.diff.identity import Progress
 from cowkit.diff.options import EngineName, ImageOptions
 from cowkit.diff.output import AtomicOutput
 from cowkit.diff.qcow2.layout import Geometry
+from cowkit.diff.recorded import Recorded
 from cowkit.diff.tally import Tally
 
 if TYPE_CHECKING:
@@ -25,8 +26,8 @@ class Order(NamedTuple):
     """The name of the base to record."""
     backing_format: str
     options: ImageOptions
-    identity: BaseIdentity | None
-    """Who the base is, for the image to record where it has a place for that."""
+    identity: Recorded | None
+    """Who the base is, and the disk's size, for the image to record where it has a place for that."""
     progress: Progress | None
     snapshots: tuple[str | None, str | None] = (None, None)
     """What an rbd difference calls the state before and the state now; None where they have no names."""

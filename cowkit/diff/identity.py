@@ -5,6 +5,9 @@ and the last block, blocks that lie ever more densely towards both ends (partiti
 and blocks spread evenly in between. That costs at most 64 reads of 4 KiB, however large the base is. What it cannot tell apart
 are two bases that differ only elsewhere: for that there is the SHA-256 of all the bytes, which has to read them.
 
+An earlier state of a disk differs from the base, and from other states, just where it was written to, which may be nowhere near
+those blocks. So of a state there are as many blocks more, from what was written before and after it; their positions are recorded.
+
 A qcow2 image counts sectors, so what is 130,000 bytes as a raw file is 130,048 to whoever reads the image. Sizes are therefore
 compared in sectors, and what lies behind a base's end reads as zeroes.
 """
@@ -12,25 +15,21 @@ compared in sectors, and what lies behind a base's end reads as zeroes.
 from __future__ import annotations
 
 import hashlib
-import json
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 from cowkit.diff.qcow2.layout import SECTOR, image_size
-from cowkit.disk.sizes import LARGEST_DISK
-from cowkit.errors import ImageError
+from cowkit.disk.extent import Extent
 
 Hash = Literal["sampled", "full"]
 """What of the base an identity is made of: some blocks, or all of it as well."""
 
-VERSION = 1
 BLOCK = 4096
+MOST_WRITTEN = 64
+"""Blocks that are sampled of what was written before a state and after it, together."""
 _NEAR_ENDS = 16
 _SPREAD = 31
 _PIECE = 1 << 20
-_LONGEST = 1024
-_HEX = re.compile("[0-9a-f]{64}")
 
 
 class Reader(Protocol):
@@ -44,6 +43,15 @@ class Reader(Protocol):
         """Fill ``buffer`` from ``offset`` on, all of it within ``size``."""
 
 
+class Written(NamedTuple):
+    """Blocks of an earlier state of a disk that were written before it, or after it."""
+
+    at: tuple[int, ...]
+    """Their offsets in order, multiples of :data:`BLOCK`; at most :data:`MOST_WRITTEN`."""
+    digest: str
+    """Their SHA-256 in hexadecimal, one after another, with zeroes up to a whole sector at the end."""
+
+
 class BaseIdentity(NamedTuple):
     """A base's identity: its size in bytes, and digests in hexadecimal."""
 
@@ -54,36 +62,8 @@ class BaseIdentity(NamedTuple):
     """SHA-256 of all ``size`` bytes, as ``sha256sum`` prints it; None where it was not asked for."""
     increment: bool = False
     """Whether this is an earlier state of the disk, and so what is stood on one more difference, and not the base."""
-
-    def to_bytes(self) -> bytes:
-        """The same as it lies in an image: JSON with a version."""
-        said: dict[str, object] = {"v": VERSION, "size": self.size, "sampled": self.sampled}
-        if self.full is not None:
-            said["full"] = self.full
-        if self.increment:
-            said["increment"] = True
-        return json.dumps(said, separators=(",", ":")).encode("ascii")
-
-    @classmethod
-    def from_bytes(cls, raw: bytes, where: str) -> BaseIdentity:
-        """What :meth:`to_bytes` gave.
-
-        :param where: the image, for messages.
-        :raises ImageError: it is something else, or of a later version.
-        """
-        try:
-            said = json.loads(raw) if len(raw) <= _LONGEST else None
-        except (ValueError, RecursionError):
-            said = None
-        if isinstance(said, dict) and isinstance(said.get("v"), int) and said["v"] > VERSION:
-            raise ImageError(f"image {where} has its base's identity in version {said['v']}: a later cowkit reads it")
-        if isinstance(said, dict) and said.get("v") == VERSION:
-            size, sampled, full = (said.get(name) for name in ("size", "sampled", "full"))
-            known = isinstance(size, int) and not isinstance(size, bool) and 0 <= size <= LARGEST_DISK
-            if known and _is_digest(sampled) and (full is None or _is_digest(full)):
-                increment = said.get("increment") is True
-                return cls(int(str(size)), str(sampled), None if full is None else str(full), increment)
-        raise ImageError(f"image {where} is damaged: its base's identity cannot be read")
+    written: Written | None = None
+    """Of an earlier state: what tells it from other states; None where nothing was written, or it was not recorded."""
 
     def differs_from(
         self, reader: Reader, *, full: bool = False, sampled: bool = True, progress: Progress | None = None
@@ -97,6 +77,12 @@ class BaseIdentity(NamedTuple):
             return f"its size is {reader.size} bytes, not {self.size}"
         if sampled and sampled_digest(reader, self.size) != self.sampled:
             return "blocks that were sampled differ"
+        if (
+            sampled
+            and self.written is not None
+            and blocks_digest(reader, self.size, self.written.at) != self.written.digest
+        ):
+            return "blocks that were written before it was made, or after, differ"
         if full and full_digest(reader, self.size, progress) != self.full:
             return "the digest of all its bytes differs"
         return None
@@ -104,10 +90,6 @@ class BaseIdentity(NamedTuple):
 
 Progress = Callable[[int, int], None]
 """Called now and then with the bytes that are dealt with and those there are."""
-
-
-def _is_digest(value: object) -> bool:
-    return isinstance(value, str) and _HEX.fullmatch(value) is not None
 
 
 def identify(reader: Reader, *, full: bool = False, progress: Progress | None = None) -> BaseIdentity:
@@ -141,12 +123,32 @@ def sampled_bytes(size: int) -> int:
 
 def sampled_digest(reader: Reader, size: int) -> str:
     """The SHA-256 of the sampled blocks, for a base that counts as having ``size`` bytes."""
+    return blocks_digest(reader, size, positions(size))
+
+
+def blocks_digest(reader: Reader, size: int, offsets: Sequence[int]) -> str:
+    """The SHA-256 of the blocks at ``offsets``, for a base that counts as having ``size`` bytes."""
     digest = hashlib.sha256()
     buffer = bytearray(BLOCK)
-    for offset in positions(size):
+    for offset in offsets:
         length = min(BLOCK, image_size(size) - offset)
         digest.update(_read(reader, memoryview(buffer)[:length], offset))
     return digest.hexdigest()
+
+
+def spread(extents: Sequence[Extent], most: int) -> list[int]:
+    """The offsets of up to ``most`` blocks, spread over ``extents``: of many extents, of some the first one; of few, of each more."""
+    if not extents or most < 1:
+        return []
+    if len(extents) >= most:
+        starts = [extents[len(extents) * number // most].offset for number in range(most)]
+        return sorted({start // BLOCK * BLOCK for start in starts})
+    each = most // len(extents)
+    found: set[int] = set()
+    for extent in extents:
+        first, last = extent.offset // BLOCK, (extent.end - 1) // BLOCK
+        found.update((first + (last - first) * number // max(1, each - 1)) * BLOCK for number in range(each))
+    return sorted(found)
 
 
 def full_digest(reader: Reader, size: int, progress: Progress | None = None) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from cowkit.diff.batch import Batch
 from cowkit.diff.changed import Changes
 from cowkit.diff.engine import Engine, Filled, Order
-from cowkit.diff.identity import BaseIdentity, Progress, identify, sampled_bytes
+from cowkit.diff.identity import BLOCK, BaseIdentity, Progress, identify, sampled_bytes
 from cowkit.diff.image_output import ImageOutput
 from cowkit.diff.options import EngineName, ImageOptions
 from cowkit.diff.output import AtomicOutput
@@ -23,6 +23,7 @@ from cowkit.diff.qcow2.subcluster_writer import SubclusterWriter
 from cowkit.diff.qcow2.writer import Qcow2Writer
 from cowkit.diff.raw_writer import RawWriter
 from cowkit.diff.rbd_writer import RbdWriter
+from cowkit.diff.recorded import record
 from cowkit.diff.report import DiffReport, count_changed
 from cowkit.diff.scattered import settled
 from cowkit.diff.whole import Whole
@@ -93,7 +94,8 @@ def write_diff(
         identity = None
         if backing_file is not None and options.kind == "qcow2":
             identity, progress = identity_of(view, full=options.hash == "full", progress=progress)
-        order = Order(view, shape, backing_file, backing_format, options, identity, progress, snapshots)
+        recorded = record(view, identity) if options.kind == "qcow2" else None
+        order = Order(view, shape, backing_file, backing_format, options, recorded, progress, snapshots)
         filled = engine.fill(order, output)
         view.base.verify_path()
     tally = filled.tally
@@ -110,7 +112,7 @@ def write_diff(
         changed_extents=changed_extents,
         zeroed_bytes=zeroed_bytes,
         zeroed_extents=zeroed_extents,
-        bytes_read=tally.bytes_read + (_cost(identity) if identity else 0),
+        bytes_read=tally.bytes_read + (_cost(recorded.base) if recorded and recorded.base else 0),
         bytes_written=output.bytes_written,
         seconds=time.perf_counter() - begun,
         changed=tuple(tally.changed),
@@ -197,16 +199,15 @@ def identity_of(view: View, *, full: bool, progress: Progress | None) -> tuple[B
     :param full: with the digest of the whole base.
     """
     base = view.base
-    increment = isinstance(base, ViewBase)
     if not full:
         if base.scattered_reads_are_slow:
             return None, progress
-        return identify(base)._replace(increment=increment), progress
+        return identify(base), progress
     if progress is None:
-        return identify(base, full=True)._replace(increment=increment), None
+        return identify(base, full=True), None
     tell, dirty = progress, view.dirty_bytes
     whole = identify(base, full=True, progress=_every(200, base.size, lambda done, total: tell(done, total + dirty)))
-    return whole._replace(increment=increment), lambda done, total: tell(base.size + done, base.size + total)
+    return whole, lambda done, total: tell(base.size + done, base.size + total)
 
 
 def _every(times: int, total: int, progress: Progress) -> Progress:
@@ -224,7 +225,8 @@ def _every(times: int, total: int, progress: Progress) -> Progress:
 
 def _cost(identity: BaseIdentity) -> int:
     """How many bytes of the base were read for its identity."""
-    return sampled_bytes(identity.size) + (identity.size if identity.full is not None else 0)
+    written = 0 if identity.written is None else len(identity.written.at) * BLOCK
+    return sampled_bytes(identity.size) + written + (identity.size if identity.full is not None else 0)
 
 
 def _one_at_a_time(batches: Iterable[Batch], output: ImageOutput) -> Iterator[Batch]:

@@ -31,8 +31,8 @@ def check_overlay(chain: DiffChain, *, size: int | None) -> int:
         )
     if size is None:
         return chain.disk_size
-    if image_size(size) == chain.size and (chain.base is None or size >= chain.base.size):  # it has it in whole sectors
-        return size
+    if chain.exact_size is None and image_size(size) == chain.size and (chain.base is None or size >= chain.base.size):
+        return size  # it has it in whole sectors
     if size < chain.disk_size:
         raise UsageError(f"size {size} is below that of {chain.path}, {chain.disk_size}: it can only be larger")
     return size
@@ -49,7 +49,7 @@ def lay_over(disk: Disk, path: str | os.PathLike[str]) -> None:
     with DiffChain(path, base) as chain:
         chain.stand_on(base)
         size = check_overlay(chain, size=None)
-        if image_size(disk.size) != chain.size:
+        if image_size(disk.size) != chain.size or disk.size < (chain.exact_size or 0):
             raise WrongBaseError(
                 f"{chain.path} is a difference of a disk of {size} bytes, and this one has {disk.size}"
             )

@@ -145,6 +145,8 @@ def verify_diff(
             found += [Disagreement(at, n, "against") for at, n in differing(_held(chain), pread, where, meter)]
             if image_size(other.size) != chain.size:
                 found.append(_sizes(image_size(other.size), chain.size, "against"))
+            elif chain.exact_size is not None and other.size not in (chain.exact_size, chain.size):
+                found.append(_sizes(other.size, chain.exact_size, "against"))
             other.verify()
         if bottom is not None:
             bottom.verify()
@@ -154,7 +156,7 @@ def verify_diff(
             recognised=chain.recognised == "identity",
             whole_base=chain.whole_base,
             images=tuple(image.path for image in chain.images),
-            size=chain.size,
+            size=chain.disk_size,
             compared_bytes=sum(b - a for a, b in held),
             against=None if against is None else os.fspath(against),
             against_bytes=sum(b - a for a, b in where),

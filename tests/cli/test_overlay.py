@@ -13,7 +13,7 @@ import pytest
 
 from cowkit.cow_disk import CowDisk
 from cowkit.diff import Qcow2Image
-from cowkit.diff.identity import BaseIdentity
+from cowkit.diff.recorded import Recorded
 from cowkit.errors import WrongBaseError
 from tests.cli.helpers import COWKIT, Run, Serve, complaint, content, read, write
 
@@ -91,9 +91,9 @@ def test_the_digest_of_the_whole_base_is_that_of_sha256sum(
     serve("disk.img")
     assert cowkit("diff", "--base", "disk.img", "-o", "d.qcow2", "--hash", "full").returncode == 0
     with Qcow2Image(tmp_path / "d.qcow2") as image:
-        assert image.identity is not None
-        full = BaseIdentity.from_bytes(image.identity, "d.qcow2").full
-    assert full == hashlib.sha256(base.read_bytes()).hexdigest()
+        identity = Recorded.of_image(image).base
+    assert identity is not None
+    assert identity.full == hashlib.sha256(base.read_bytes()).hexdigest()
     said = complaint(cowkit("diff", "--base", "disk.img", "-o", "d.qcow2", "--hash", "full", "--raw"))
     assert "leave out hash" in said
 
@@ -141,5 +141,5 @@ def test_a_base_does_not_stand_in_for_a_difference_that_is_missing(tmp_path: Pat
     with CowDisk(base, overlay=tmp_path / "d2.qcow2") as disk:
         assert disk.pread(1, 30728 * 1024) == b"1"
     (tmp_path / "d1.qcow2").unlink()
-    with pytest.raises(WrongBaseError, match=r"d1\.qcow2 is missing"):
+    with pytest.raises(WrongBaseError, match=r"d1\.qcow2, which is missing"):
         CowDisk(base, overlay=tmp_path / "d2.qcow2")

@@ -17,6 +17,7 @@ from cowkit.diff import ImageOptions, Qcow2Image, backing_name, write_diff
 from cowkit.diff.identity import BLOCK, BaseIdentity, identify, positions, sampled_bytes
 from cowkit.diff.qcow2.layout import EXTENSION_IDENTITY, HEADER, Header
 from cowkit.diff.qcow2.stamp import stamp
+from cowkit.diff.recorded import Recorded
 from cowkit.disk import Base, Disk, FileBase, ZeroBase
 from cowkit.errors import ImageError, OutputError
 from tests.diff.helpers import make_base, noise, run
@@ -36,7 +37,9 @@ def changed_disk(base: Path, image: Path, options: ImageOptions | None = None, n
 def recorded(image: Path) -> BaseIdentity:
     with Qcow2Image(image) as opened:
         assert opened.identity is not None
-        return BaseIdentity.from_bytes(opened.identity, str(image))
+        found = Recorded.from_bytes(opened.identity, str(image)).base
+        assert found is not None
+        return found
 
 
 def identity_of(path: Path, *, full: bool = False) -> BaseIdentity:
@@ -167,17 +170,23 @@ def test_a_blank_disk_and_a_whole_image_record_no_base(tmp_path: Path) -> None:
         b"[" * 1000,
         b'{"v":1}',
         b'{"v":1,"size":-1,"sampled":"00"}',
-        b"7" * 2000,
+        b'{"v":1,"disk":-1}',
+        b'{"v":1,"disk":true}',
+        b'{"v":1,"size":4097,"sampled":"%b","written":"%b","blocks":[2]}' % (b"0" * 64, b"0" * 64),
+        b'{"v":1,"size":9000,"sampled":"%b","written":"%b","blocks":[1,0]}' % (b"0" * 64, b"0" * 64),
+        b'{"v":1,"size":9000,"sampled":"%b","written":"%b","blocks":[[0]]}' % (b"0" * 64, b"0" * 64),
+        b'{"v":1,"size":9000,"sampled":"%b","written":"00","blocks":[0]}' % (b"0" * 64),
+        b"7" * 3000,
     ],
 )
 def test_what_is_no_identity_is_refused_in_one_line(said: bytes) -> None:
     with pytest.raises(ImageError, match=r"image d.qcow2 is damaged: its base's identity cannot be read"):
-        BaseIdentity.from_bytes(said, "d.qcow2")
+        Recorded.from_bytes(said, "d.qcow2")
 
 
 def test_an_identity_of_a_later_version_is_called_so() -> None:
     with pytest.raises(ImageError, match="in version 2: a later cowkit reads it"):
-        BaseIdentity.from_bytes(b'{"v":2,"blake":"7"}', "d.qcow2")
+        Recorded.from_bytes(b'{"v":2,"blake":"7"}', "d.qcow2")
 
 
 # Images of other programs
@@ -196,7 +205,7 @@ def test_an_image_of_qemus_is_stamped_twice_and_stays_what_it_was(
     run("qemu-img", "create", "-q", "-f", "qcow2", "-o", options, *names, image, "1M")
     before = run("qemu-img", "info", "-U", "--output=json", image)
     for full in (True, False):
-        stamp(image, identity_of(base, full=full))
+        stamp(image, Recorded(identity_of(base, full=full)))
         with Qcow2Image(image) as opened:
             assert opened.backing_file == backing
         assert recorded(image) == identity_of(base, full=full)
@@ -209,7 +218,7 @@ def test_where_there_is_no_room_the_names_of_features_go_and_then_it_is_refused(
     base = make_base(tmp_path / "base.img", MIB, {0: noise(MIB, 1)})
     image = tmp_path / "diff.qcow2"
     run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=1024", image, "1M")
-    stamp(image, identity_of(base, full=True))
+    stamp(image, Recorded(identity_of(base, full=True)))
     assert recorded(image) == identity_of(base, full=True)
     run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=512", image, "1M")
     before = image.read_bytes()
@@ -218,7 +227,7 @@ def test_where_there_is_no_room_the_names_of_features_go_and_then_it_is_refused(
     image.write_bytes(HEADER.pack(*header) + before[HEADER.size :])
     before = image.read_bytes()
     with pytest.raises(ImageError, match="no room"):
-        stamp(image, identity_of(base, full=True))
+        stamp(image, Recorded(identity_of(base, full=True)))
     assert image.read_bytes() == before
 
 
@@ -230,10 +239,10 @@ def test_what_is_no_image_is_not_stamped(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base.img", MIB, {0: noise(MIB, 1)})
     before = base.read_bytes()
     with pytest.raises(ImageError, match=r"base.img is no qcow2 image"):
-        stamp(base, identity_of(base))
+        stamp(base, Recorded(identity_of(base)))
     assert base.read_bytes() == before
     with pytest.raises(OutputError, match="No such file"):
-        stamp(tmp_path / "none.qcow2", identity_of(base))
+        stamp(tmp_path / "none.qcow2", Recorded(identity_of(base)))
 
 
 def test_the_type_of_the_extension_is_no_number_of_qemus() -> None:

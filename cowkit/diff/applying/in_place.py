@@ -21,6 +21,7 @@ from cowkit.diff.applying.report import ApplyReport, Others
 from cowkit.diff.bottom import open_bottom
 from cowkit.diff.chain import DiffChain
 from cowkit.diff.identity import Progress, sampled_digest
+from cowkit.diff.qcow2.layout import image_size
 from cowkit.disk import Extent, FileBase, Kind
 from cowkit.disk.files import pwrite_whole
 from cowkit.disk.punch import punch_hole
@@ -44,6 +45,8 @@ def target_of(path: str | os.PathLike[str], base: str | os.PathLike[str] | None)
             raise UsageError(
                 f"{os.fspath(path)} stands alone: there is no base to apply it to; `--to` writes it as a raw file"
             )
+        if chain.missing is not None:
+            raise WrongBaseError(f"there is no base to apply it to: {chain.missing}")
         if chain.below.path is None:
             raise UsageError(
                 f"{chain.below.name} is no file that could be written to: apply the difference to a copy (--to)"
@@ -224,7 +227,7 @@ class _Target:
 
     def others(self, facts: Facts, before: str) -> Others:
         """What becomes of other differences to the base, whose sampled blocks had the digest ``before``."""
-        if facts.size != facts.size_before:  # by whole sectors, or it would have stayed
+        if image_size(facts.size) != image_size(facts.size_before):  # sizes are compared in sectors
             return "refused"
         if not facts.written_bytes + facts.zeroed_bytes:
             return "fit"

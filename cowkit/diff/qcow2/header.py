@@ -50,7 +50,7 @@ class Head(NamedTuple):
     compression: str
     bitmaps: Bitmaps | None
     identity: bytes | None
-    """Who the backing file is, as :class:`cowkit.diff.identity.BaseIdentity` reads it; None in images of other programs."""
+    """Who the backing file is, as :class:`cowkit.diff.recorded.Recorded` reads it; None in images of other programs."""
 
 
 def backing_chain(path: str) -> list[str]:

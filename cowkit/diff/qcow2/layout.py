@@ -72,7 +72,8 @@ EXTENSION_END = 0
 EXTENSION_BACKING_FORMAT = 0xE2792ACA
 EXTENSION_BITMAPS = 0x23852875
 EXTENSION_IDENTITY = int.from_bytes(b"cowk", "big")
-"""cowkit's own: the identity of the backing file. QEMU ignores what it does not know, and keeps it when it rewrites the header."""
+"""cowkit's own: who the backing file is, and the disk's exact size. QEMU ignores what it does not know, and keeps it when it rewrites the
+header."""
 
 BITMAPS = struct.Struct(">IIQQ")
 """The bitmaps extension: how many there are, zero, size and offset of their directory ("Bitmaps extension")."""
@@ -286,8 +287,8 @@ def head_of_file(
     """The header, its extensions and the name of the backing file: the beginning of the first cluster.
 
     :param compression: the index in :data:`COMPRESSION_TYPES`.
-    :param identity: who the backing file is, as :class:`cowkit.diff.identity.BaseIdentity` puts it. There is room for it in the
-        smallest cluster: with the longest name, all this takes less than 1,700 bytes.
+    :param identity: who the backing file is, as :class:`cowkit.diff.recorded.Recorded` puts it. There is room for it in the
+        smallest cluster: with the longest name, all this takes less than 3,300 bytes.
     """
     more = COMPRESSION_FIELD.pack(compression) if compression else b""
     extensions = b""

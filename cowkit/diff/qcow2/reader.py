@@ -77,7 +77,7 @@ class Qcow2Image:
             self.backing_format = head.backing_format
             """The backing file's format as it is recorded, such as ``"raw"``; None where it is not."""
             self.identity = head.identity
-            """Who the backing file is, as :class:`cowkit.diff.identity.BaseIdentity` reads it; None where it is not recorded."""
+            """Who the backing file is, as :class:`cowkit.diff.recorded.Recorded` reads it; None where it is not recorded."""
             self._compression = head.compression
             self._shape = Geometry(
                 head.header.size,

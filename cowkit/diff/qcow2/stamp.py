@@ -20,7 +20,7 @@ from cowkit.disk.files import pwrite_whole
 from cowkit.errors import ImageError, OutputError
 
 if TYPE_CHECKING:
-    from cowkit.diff.identity import BaseIdentity
+    from cowkit.diff.recorded import Recorded
 
 _CLUSTER_BITS = range(9, 22)
 _FEATURE_NAMES = 0x6803F857
@@ -29,7 +29,7 @@ _BACKING_NAME_AT = 8
 """The offset of backing_file_offset in the header ("Header")."""
 
 
-def stamp(path: str | os.PathLike[str], identity: BaseIdentity) -> None:
+def stamp(path: str | os.PathLike[str], identity: Recorded) -> None:
     """Put ``identity`` into the header of the qcow2 version 3 image at ``path``, in place of one that is there.
 
     The header's other extensions stay as they are, byte by byte, and the name of the backing file moves behind them. All of it

@@ -31,7 +31,10 @@ The operating system's or the library's own error, where there is one, is always
 from __future__ import annotations
 
 import errno as _errno
-from collections.abc import Sequence
+
+TYPE_CHECKING = False  # as typing has it, which takes long to import
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 class CowkitError(Exception):

@@ -256,16 +256,16 @@ def draw_map(report: ChangesReport) -> None:
 
 def as_json(report: dict[str, Any]) -> str:
     """The report with a line for each member and for each extent (``indent`` takes json ten times as long)."""
-    from json import dumps
+    from cowkit.quick_json import dumps
 
     lines = []
     for name, value in report.items():
         text = dumps(value)
-        if isinstance(value, list):
-            text = (
-                text.replace("}, {", "},\n    {")
-                if name in ("changed", "dirty")
-                else dumps(value, indent=2).replace("\n", "\n  ")
-            )
+        if isinstance(value, list) and name in ("changed", "dirty"):
+            text = text.replace("}, {", "},\n    {")
+        elif isinstance(value, list) and value:
+            from json import dumps as dumps_apart
+
+            text = dumps_apart(value, indent=2).replace("\n", "\n  ")
         lines.append(f"  {dumps(name)}: {text}")
     return "{\n" + ",\n".join(lines) + "\n}"

@@ -7,11 +7,11 @@ line's end within a text that is written on one line.
 
 from __future__ import annotations
 
-import json
 import os
 from _socket import AF_UNIX, SOCK_STREAM, socket  # without what the module socket adds, which takes 4 ms
 
 from cowkit.errors import ControlError
+from cowkit.quick_json import dumps, loads
 
 TYPE_CHECKING = False  # as typing has it, which takes longer to import than all that is here
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class ControlClient:
 
         :raises ControlError: the server refuses (its words), or ends before it answers.
         """
-        asked = json.dumps({"execute": command, "arguments": dict(arguments or {})}, allow_nan=False)
+        asked = dumps({"execute": command, "arguments": dict(arguments or {})})
         try:
             self._socket.sendall(asked.encode("ascii") + b"\r\n")
         except OSError:
@@ -93,7 +93,7 @@ class ControlClient:
         while not line:
             line = self._line().strip()
         try:
-            message = json.loads(line)
+            message = loads(line)
         except (ValueError, RecursionError) as error:
             raise ControlError(f"what answers at {self.path} does not speak QMP: {error}") from error
         if not isinstance(message, dict):

@@ -18,12 +18,11 @@ of its parent's and removes nothing of it.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
-import re
 import stat
 
 from cowkit.errors import ControlError, ListenError
+from cowkit.quick_json import dumps, loads
 
 TYPE_CHECKING = False  # as typing has it, which takes long to import, for `cowkit diff` and `cowkit ls` are to be quick
 if TYPE_CHECKING:
@@ -39,7 +38,6 @@ CONTROL_SOCKET = "control.sock"
 SERVER_FILE = "server.json"
 
 _SERVER_FILE_VERSION = 1
-_NAME = re.compile(r"[0-9]+-[0-9a-f]{6}")
 _LONGEST_BELOW = len("/4194304-abcdef/") + len(CONTROL_SOCKET)
 
 
@@ -194,10 +192,18 @@ def _remove(directory: str, fd: int) -> None:
         pass
 
 
+def _is_private(name: str) -> bool:
+    """Whether a private directory may be called so: 4711-3f9a1c (a pattern would cost more than all else here)."""
+    pid, dash, rest = name.partition("-")
+    return (
+        bool(dash) and pid.isdecimal() and pid.isascii() and len(rest) == 6 and not set(rest) - set("0123456789abcdef")
+    )
+
+
 def _living(parent: str) -> Iterator[int]:
     """The private directories that are in use, each open for the loop's body; those that are not are removed."""
     for name in sorted(os.listdir(parent)):
-        if not _NAME.fullmatch(name):
+        if not _is_private(name):
             continue
         directory = os.path.join(parent, name)
         if directory in _held:
@@ -320,7 +326,7 @@ def publish(directory: Path, info: ServerInfo) -> None:
     partial = directory / f"{SERVER_FILE}.partial"
     try:
         with partial.open("w", encoding="ascii") as file:
-            json.dump({"version": _SERVER_FILE_VERSION, **info.to_json()}, file)
+            file.write(dumps({"version": _SERVER_FILE_VERSION, **info.to_json()}))
         partial.replace(directory / SERVER_FILE)
     except OSError as error:
         raise ListenError(f"cannot write {directory / SERVER_FILE}: {error.strerror}") from error
@@ -331,7 +337,7 @@ def _published(fd: int) -> ServerInfo | None:
         with open(
             os.open(SERVER_FILE, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=fd), encoding="ascii"
         ) as file:
-            value = json.load(file)
+            value = loads(file.read())
         return ServerInfo.from_json(value) if value["version"] == _SERVER_FILE_VERSION else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None  # none yet, none any more, or that of another version of cowkit

@@ -18,6 +18,7 @@ again, since memory that is touched for the first time costs more than what is r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from cowkit.diff.base_map import BaseMap
@@ -75,10 +76,6 @@ class Changes:
         if in_parts and self._unit >= LEAST_UNIT and (self._mapped is not None or isinstance(view.base, ZeroBase)):
             self._sieve = Sieve(view, self._map, self._mapped, self._unit, cluster_size)
         self._sparse = view.base.sparse
-        self._aside = bytearray(self._piece)  # what the batch's content is compared with
-        self._aside_view = memoryview(self._aside)
-        self._zeroes = bytes(self._piece)
-        self._zeroes_view = memoryview(self._zeroes)
         self._progress = progress
         self._total = view.dirty_bytes if progress is not None else 0
         self._done = self._told = 0
@@ -126,6 +123,25 @@ class Changes:
         self._mapped = None
         if self._sieve is not None:
             self._sieve.close()
+
+    # Memory for what is compared, made when there is something: of a small difference it would take a quarter of the time.
+
+    @cached_property
+    def _aside(self) -> bytearray:
+        """What the batch's content is compared with."""
+        return bytearray(self._piece)
+
+    @cached_property
+    def _aside_view(self) -> memoryview:
+        return memoryview(self._aside)
+
+    @cached_property
+    def _zeroes(self) -> bytes:
+        return bytes(self._piece)
+
+    @cached_property
+    def _zeroes_view(self) -> memoryview:
+        return memoryview(self._zeroes)
 
     def _counted(self) -> Iterator[Extent]:
         for extent in self._view.dirty_extents():

@@ -21,7 +21,8 @@ class Tally:
         if offset == self._end and kind is self._kind:
             self._end += length
             return
-        self.finish()
+        if self._end > self._offset:
+            self.changed.append(Extent(self._offset, self._end - self._offset, self._kind))
         self._offset, self._end, self._kind = offset, offset + length, kind
 
     def finish(self) -> None:

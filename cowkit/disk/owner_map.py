@@ -75,10 +75,13 @@ def _marked_runs(kinds: Chunk, start: int, stop: int) -> Iterator[Run]:
             yield zero, match.end(), ZERO
             zero = kinds.find(ZERO, match.end(), stop)
         else:
-            match = _run_of(_DATA).match(kinds, data, stop)
-            assert match is not None
-            yield data, match.end(), _DATA
-            data = kinds.find(_DATA, match.end(), stop)
+            end = data + 1
+            if end < stop and kinds[end] == _DATA:  # a block alone is what most runs are, and a pattern takes as long as all else
+                match = _run_of(_DATA).match(kinds, data, stop)
+                assert match is not None
+                end = match.end()
+            yield data, end, _DATA
+            data = kinds.find(_DATA, end, stop)
 
 
 def _joined(runs: Iterator[Run]) -> Iterator[Run]:

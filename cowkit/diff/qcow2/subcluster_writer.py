@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cowkit.diff.batch import Batch
-from cowkit.diff.qcow2.layout import COPIED, EXTENDED_ENTRY, SUBCLUSTERS, down, up
+from cowkit.diff.image_output import ImageOutput
+from cowkit.diff.qcow2.layout import COPIED, EXTENDED_ENTRY, SUBCLUSTERS, Geometry, down, up
 from cowkit.diff.qcow2.writer import Qcow2Writer
 from cowkit.disk.extent import Kind
 
@@ -18,13 +19,26 @@ _ALL = (1 << SUBCLUSTERS) - 1
 class SubclusterWriter(Qcow2Writer):
     """An image with extended L2 entries; its batches are made of subclusters."""
 
+    def __init__(
+        self, output: ImageOutput, shape: Geometry, *, backing_file: bytes | None, backing_format: str
+    ) -> None:
+        super().__init__(output, shape, backing_file=backing_file, backing_format=backing_format)
+        self._size, self._grain, self._per_table = shape.cluster_size, shape.grain, shape.l2_entries
+
     def add(self, batch: Batch) -> None:
         """Write the subclusters of ``batch``; batches come in the disk's order."""
-        size = self.shape.cluster_size
+        size, data = self._size, Kind.DATA
         small: list[tuple[memoryview, int]] = []
         parts = _Parts([batch.data] if batch.parts is None else batch.parts)
+        enter, whole_part, keep = self._enter, parts.whole, small.append
         for offset, length, kind in batch.runs:
             end = offset + length
+            # What scattered changes consist of, some subclusters of one cluster, takes half as long by itself.
+            if kind is data and offset // size == (end - 1) // size and length < size:
+                part = whole_part(length)
+                if part is not None:
+                    keep((part, enter(offset, end, kind)))
+                    continue
             while offset < end:
                 first, last = up(offset, size), down(end, size)
                 if offset < first or last <= offset:  # a part of a cluster
@@ -33,7 +47,7 @@ class SubclusterWriter(Qcow2Writer):
                 else:
                     stop = last
                     host = self._enter_whole(offset, stop, kind)
-                if kind is Kind.DATA:
+                if kind is data:
                     pieces = parts.take(stop - offset)
                     if stop - offset < size and len(pieces) == 1:
                         small.append((pieces[0], host))
@@ -44,9 +58,9 @@ class SubclusterWriter(Qcow2Writer):
 
     def _enter(self, offset: int, end: int, kind: Kind) -> int:
         """Enter a part of one cluster, perhaps beside others; returns where its data go."""
-        size, grain = self.shape.cluster_size, self.shape.grain
+        size, grain = self._size, self._grain
         start = offset % size
-        table, index = divmod(offset // size, self.shape.l2_entries)
+        table, index = divmod(offset // size, self._per_table)
         if table != self._l2_index:
             self._turn_to(table)
         at = index * EXTENDED_ENTRY.size
@@ -56,7 +70,8 @@ class SubclusterWriter(Qcow2Writer):
             bits |= mask << SUBCLUSTERS
         else:
             if not descriptor:
-                descriptor = self.allocate(size) | COPIED
+                descriptor = self._end | COPIED
+                self._end += size
             bits |= mask
         EXTENDED_ENTRY.pack_into(self._l2, at, descriptor, bits)
         return int(descriptor & ~COPIED) + start
@@ -82,6 +97,14 @@ class _Parts:
         self._parts = parts
         self._index = 0
         self._rest: memoryview | None = None
+
+    def whole(self, length: int) -> memoryview | None:
+        """The next part, if it has just that length; None, and nothing taken, otherwise."""
+        part = self._parts[self._index]
+        if self._rest is not None or len(part) != length:
+            return None
+        self._index += 1
+        return part
 
     def take(self, length: int) -> Sequence[memoryview]:
         """The next ``length`` bytes."""

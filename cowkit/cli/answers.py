@@ -6,6 +6,7 @@ import os
 import sys
 
 from cowkit.cli.file_argument import file_argument
+from cowkit.cli.standard_error import note, printable
 from cowkit.errors import UsageError
 
 TYPE_CHECKING = False  # as typing has it, which takes long to import
@@ -104,8 +105,6 @@ def write_picture(report: ChangesReport, path: str | None, title: str) -> None:
 
 
 def _print(lines: Iterator[str], *, apart: bool) -> None:
-    from cowkit.cli.main import printable
-
     if apart:
         print()
     for line in lines:
@@ -138,7 +137,7 @@ def _name(partition: PartitionChanges) -> str:
 
 def _notes(report: ChangesReport) -> Iterator[str]:
     if report.resized:
-        from cowkit.diff.report import resize_note
+        from cowkit.diff.report_parts import resize_note
 
         yield resize_note(report.size, report.base_size)
     if report.file_system:
@@ -152,8 +151,6 @@ def _notes(report: ChangesReport) -> Iterator[str]:
 
 def tell_problems(report: ChangesReport) -> bool:
     """Say on standard error what cannot be told of files; whether there is anything."""
-    from cowkit.cli.main import note
-
     found = report.files or ()
     for each in found:
         if each.problem is not None:

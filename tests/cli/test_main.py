@@ -17,7 +17,8 @@ import pytest
 import cowkit as package
 from cowkit.cli.arguments import COMMANDS, module_of, whole_parser
 from cowkit.cli.doctor import version_of
-from cowkit.cli.main import complain, main
+from cowkit.cli.main import main
+from cowkit.cli.standard_error import complain
 from cowkit.cli.tools import TOOLS, Tool
 from cowkit.errors import CowkitError
 from tests.cli.helpers import COWKIT, PATIENCE, Run, complaint

@@ -160,13 +160,22 @@ def tell_problems(report: ChangesReport) -> bool:
 
 def file_lines(report: ChangesReport) -> Iterator[str]:
     """A line for each path, as `git status` has them; headings where there are several file systems."""
+    from cowkit.diff.answers.filesystems import CONTAINERS, WITHOUT_FILES
+
+    if not report.files:
+        yield "no known file system" + ("" if report.amounts.changed.bytes else ", and nothing changed")
     found = [each for each in report.files or () if each.problem is None]
     for each in found:
+        none = "no file changed"
+        if each.file_system in WITHOUT_FILES:
+            none = "no files here"
+        elif each.file_system in CONTAINERS:  # what is in it, nobody has looked
+            none = "nothing changed"
         where = "disk" if each.partition is None else f"partition {each.partition}"
         if len(found) > 1 or each.partition is not None:
-            yield f"{where} ({each.file_system}):" + ("" if each.changes else " no file changed")
+            yield f"{where} ({each.file_system}):" + ("" if each.changes else f" {none}")
         elif not each.changes:
-            yield f"no file changed ({each.file_system})"
+            yield f"{none} ({each.file_system})"
         yield from map(str, each.changes)
 
 

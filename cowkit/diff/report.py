@@ -60,10 +60,12 @@ class DiffReport(NamedTuple):
     """Of the state before; None for a blank disk, which has none."""
     subclusters: bool = False
     """Whether the image's clusters are divided by 32: QEMU before 5.2 cannot read it then."""
+    since: str | None = None
+    """The checkpoint that is the state before: what is said here of the base is said of it. None: the base, or a blank disk."""
 
     @property
     def identical_bytes(self) -> int:
-        """What is dirty and yet the same as in the base."""
+        """What is dirty and yet the same as in the state before."""
         return self.dirty_bytes - self.changed_bytes
 
     @property
@@ -82,6 +84,7 @@ class DiffReport(NamedTuple):
             "size": self.size,
             "base_size": self.base_size,
             "resized": self.resized,
+            "since": self.since,
             "cluster_size": self.cluster_size,
             "subclusters": self.subclusters,
             "dirty_bytes": self.dirty_bytes,
@@ -109,13 +112,19 @@ class DiffReport(NamedTuple):
         if self.zeroed_bytes:
             lines.append(f"  {format_size(self.zeroed_bytes)} of it zeroed in {_extents(self.zeroed_extents)}")
         if self.identical_bytes:
-            lines.append(f"  {format_size(self.identical_bytes)} more were written but are the same as in the base")
+            lines.append(f"  {format_size(self.identical_bytes)} more were written but are {self._as_before}")
         if self.subclusters:
             lines.append("  with subclusters, for QEMU 5.2 and later")
         lines.append(
             f"  read {format_size(self.bytes_read)}, wrote {format_size(self.bytes_written)} in {self.seconds:.2f} s"
         )
         return "\n".join(lines)
+
+    @property
+    def _as_before(self) -> str:
+        if self.since is not None:
+            return f"as at checkpoint {self.since}"
+        return "zeroes, as before" if self.base_size is None else "the same as in the base"
 
 
 def _extents(count: int) -> str:

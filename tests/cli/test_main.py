@@ -242,7 +242,12 @@ def test_a_missing_tool_is_no_failure_and_how_to_get_it_is_said(cowkit: Run, tmp
     done = cowkit("doctor", PATH=str(tmp_path / "bin"))
     assert done.returncode == 0
     assert re.search(r"^  nbdkit +missing ", done.stdout, re.MULTILINE)
-    assert re.search(r"^  sudo apt-get install .*libnbd-bin.*nbdkit.*qemu-utils", done.stdout, re.MULTILINE)
+    assert re.search(
+        r"^  nbdsh +missing +reading and writing a served disk in lines of Python$", done.stdout, re.MULTILINE
+    )
+    assert re.search(
+        r"^  sudo apt-get install .*libnbd-bin.*nbdkit.*python3-libnbd.*qemu-utils", done.stdout, re.MULTILINE
+    )
     assert re.search(r"^  sudo dnf install .*libnbd.*nbdkit", done.stdout, re.MULTILINE)
 
 
@@ -270,7 +275,13 @@ def test_what_cowkit_itself_lacks_is_a_no(cowkit: Run, runtime: Path) -> None:
 
 @pytest.mark.parametrize(
     ("script", "version"),
-    [("echo tool 1.2.3-4", "1.2.3"), ("echo hello; exit 3", "?"), ("echo x 5.0 >&2", "5.0"), (None, None)],
+    [
+        ("echo tool 1.2.3-4", "1.2.3"),
+        ("echo hello; exit 3", "?"),
+        ("echo no 3.11.7; exit 1", "?"),
+        ("echo x 5.0 >&2", "5.0"),
+        (None, None),
+    ],
 )
 def test_a_tools_version_is_found_in_what_it_prints(
     script: str | None, version: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pty
 import re
 import shutil
 import subprocess
@@ -81,6 +83,19 @@ def test_what_git_ignores_is_no_part_of_the_repository_also_without_git(
     monkeypatch.setenv("PATH", str(tmp_path))
     found = [path for path in files_of(tmp_path) if path.is_file()]
     assert [str(path.relative_to(tmp_path)) for path in found] == expected
+
+
+def test_a_newcomer_at_a_terminal_is_told_what_the_first_run_waits_for_and_nobody_else() -> None:
+    code = 'root=$1; . "$root/scripts/lib"; is_made() { false; }; build_venv() { :; }; make_venv installed x'
+    run = ["bash", "-c", code, "bash", str(ROOT)]
+    assert subprocess.run(run, check=True, capture_output=True).stderr == b""
+    ours, theirs = pty.openpty()
+    try:
+        subprocess.run(run, check=True, stderr=theirs)
+        assert b".venv is being made, which may take half a minute; " in os.read(ours, 10000)
+    finally:
+        os.close(ours)
+        os.close(theirs)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

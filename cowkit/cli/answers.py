@@ -6,6 +6,7 @@ import os
 import sys
 
 from cowkit.cli.file_argument import file_argument
+from cowkit.cli.standard_error import note, printable
 from cowkit.errors import UsageError
 
 TYPE_CHECKING = False  # as typing has it, which takes long to import
@@ -104,8 +105,6 @@ def write_picture(report: ChangesReport, path: str | None, title: str) -> None:
 
 
 def _print(lines: Iterator[str], *, apart: bool) -> None:
-    from cowkit.cli.main import printable
-
     if apart:
         print()
     for line in lines:
@@ -138,7 +137,7 @@ def _name(partition: PartitionChanges) -> str:
 
 def _notes(report: ChangesReport) -> Iterator[str]:
     if report.resized:
-        from cowkit.diff.report import resize_note
+        from cowkit.diff.report_parts import resize_note
 
         yield resize_note(report.size, report.base_size)
     if report.file_system:
@@ -152,8 +151,6 @@ def _notes(report: ChangesReport) -> Iterator[str]:
 
 def tell_problems(report: ChangesReport) -> bool:
     """Say on standard error what cannot be told of files; whether there is anything."""
-    from cowkit.cli.main import note
-
     found = report.files or ()
     for each in found:
         if each.problem is not None:
@@ -163,13 +160,22 @@ def tell_problems(report: ChangesReport) -> bool:
 
 def file_lines(report: ChangesReport) -> Iterator[str]:
     """A line for each path, as `git status` has them; headings where there are several file systems."""
+    from cowkit.diff.answers.filesystems import CONTAINERS, WITHOUT_FILES
+
+    if not report.files:
+        yield "no known file system" + ("" if report.amounts.changed.bytes else ", and nothing changed")
     found = [each for each in report.files or () if each.problem is None]
     for each in found:
+        none = "no file changed"
+        if each.file_system in WITHOUT_FILES:
+            none = "no files here"
+        elif each.file_system in CONTAINERS:  # what is in it, nobody has looked
+            none = "nothing changed"
         where = "disk" if each.partition is None else f"partition {each.partition}"
         if len(found) > 1 or each.partition is not None:
-            yield f"{where} ({each.file_system}):" + ("" if each.changes else " no file changed")
+            yield f"{where} ({each.file_system}):" + ("" if each.changes else f" {none}")
         elif not each.changes:
-            yield f"no file changed ({each.file_system})"
+            yield f"{none} ({each.file_system})"
         yield from map(str, each.changes)
 
 

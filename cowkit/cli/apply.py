@@ -8,8 +8,8 @@ import os
 import sys
 
 from cowkit.cli.file_argument import file_argument
-from cowkit.cli.main import note
 from cowkit.cli.progress import Bar
+from cowkit.cli.standard_error import note
 from cowkit.cli.verify import add_base_arguments, unrecognised
 from cowkit.errors import UsageError
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 def add_choice(parser: argparse.ArgumentParser, *, source: str = "SERVER", more: str = "") -> None:
     """What says which server is meant; ``more`` is what else ``source`` may be."""
+    from cowkit.cli.served_argument import server_argument  # who reads the commonest command lines does without
+
     which = parser.add_argument_group("which disk (may be left out while there is only one)")
     file_argument(which.add_argument("--base", metavar="BASE", help="the disk of this base, under whatever path"))
     chosen = which.add_argument(
@@ -25,8 +27,7 @@ def add_choice(parser: argparse.ArgumentParser, *, source: str = "SERVER", more:
         metavar=source,
         help="the server of this name, process id, NBD URI or socket; `cowkit ls` lists them" + more,
     )
-    if more:
-        file_argument(chosen)
+    server_argument(chosen, or_file=bool(more))
 
 
 def matching(source: str | None, servers: list[ServerInfo]) -> list[ServerInfo]:

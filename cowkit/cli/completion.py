@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from cowkit.cli.arguments import whole_parser
+from cowkit.cli.completion_functions import BASH, ZSH
 from cowkit.cli.file_argument import COMPLETES_FILES
+from cowkit.cli.served_argument import COMPLETES_SERVED, SERVERS_AND_FILES
 from cowkit.errors import MissingToolError, with_pip
 
-DESCRIPTION = "Print shell code that makes the shell complete cowkit's commands, options and file names."
+DESCRIPTION = (
+    "Print shell code that makes the shell complete cowkit's commands, options and file names; bash and zsh also the names of "
+    "running servers and of their checkpoints."
+)
 EXAMPLES = """
 cowkit completion bash > ~/.local/share/bash-completion/completions/cowkit
 cowkit completion zsh > ~/.zfunc/_cowkit   # a directory of $fpath
@@ -28,15 +34,20 @@ def run(arguments: argparse.Namespace) -> int:
         remedy = with_pip("shtab")
         raise MissingToolError("shtab (a Python package)", purpose="cowkit completion", remedy=remedy) from error
     parser = whole_parser(complete=True)
-    _complete_files(parser, shtab.FILE)
-    print(shtab.complete(parser, arguments.shell))
+    _complete(parser, shtab.FILE)
+    functions = {"bash": BASH, "zsh": ZSH}.get(arguments.shell, "")  # tcsh has none
+    print(shtab.complete(parser, arguments.shell, preamble=functions))
     return 0
 
 
-def _complete_files(parser: argparse.ArgumentParser, how: object) -> None:
+def _complete(parser: argparse.ArgumentParser, files: dict[str, Any]) -> None:
     for action in parser._actions:
         if hasattr(action, COMPLETES_FILES):
-            action.complete = how  # type: ignore[attr-defined]
+            action.complete = files  # type: ignore[attr-defined]
+        if hasattr(action, COMPLETES_SERVED):
+            function = getattr(action, COMPLETES_SERVED)
+            tcsh = files["tcsh"] if function == SERVERS_AND_FILES else ""
+            action.complete = {"bash": function, "zsh": function, "tcsh": tcsh}  # type: ignore[attr-defined]
         if isinstance(action, argparse._SubParsersAction):
             for command in action.choices.values():
-                _complete_files(command, how)
+                _complete(command, files)

@@ -48,6 +48,8 @@ qemu-img compare diff.qcow2 disk.img   # what to do with it: any tool that reads
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `cowkit diff` takes."""
+    from cowkit.cli.served_argument import checkpoint_argument  # who reads the commonest command lines does without
+
     file_argument(
         parser.add_argument("-o", "--output", metavar="OUT", help="the qcow2 image to write; replaced if it exists")
     )
@@ -80,12 +82,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     foreign.add_arguments(parser)
     add_answer_arguments(parser)
     states = parser.add_argument_group("which two states (default: the base, and now)")
-    states.add_argument(
-        "--since",
-        metavar="CHECKPOINT",
-        help="only what changed since that checkpoint, on top of what was kept of it, which --backing names",
-    )
-    states.add_argument("--at", metavar="CHECKPOINT", help="what was there at that checkpoint instead of now")
+    for option, what in (
+        ("--since", "only what changed since that checkpoint, on top of what was kept of it, which --backing names"),
+        ("--at", "what was there at that checkpoint instead of now"),
+    ):
+        checkpoint_argument(states.add_argument(option, metavar="CHECKPOINT", help=what))
     add_image_arguments(parser, format_option="--format")
 
 

@@ -131,7 +131,8 @@ def version_of(tool: Tool) -> str | None:
         )
     except (OSError, subprocess.TimeoutExpired):
         return "?"
-    match = re.search(r"\d+(?:\.\d+)+", done.stdout)
+    # One that fails may print any numbers: nbdsh, where the first python3 has no binding, prints the path of that one.
+    match = re.search(r"\d+(?:\.\d+)+", done.stdout) if not done.returncode else None
     return match[0] if match else "?"
 
 

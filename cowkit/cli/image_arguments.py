@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from cowkit.cli.file_argument import file_argument
+from cowkit.cli.standard_error import note
 from cowkit.errors import UsageError
 
 TYPE_CHECKING = False  # as typing has it, which takes long to import
@@ -112,8 +113,6 @@ def image_options(arguments: argparse.Namespace) -> ImageOptions:
 
 def note_names(output: str, backing: str | None, arguments: argparse.Namespace) -> None:
     """Say on standard error what of an image that was written may not be what its names say."""
-    from cowkit.cli.main import note
-
     extension = os.path.splitext(output)[1].lower()
     if extension not in ("", ".qcow2") and arguments.image_format is None and not arguments.raw:
         from cowkit.bases.formats import format_of_name  # 16 ms, which the usual names do without

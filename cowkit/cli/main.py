@@ -10,15 +10,12 @@ import atexit
 import os
 import sys
 
-from cowkit.errors import CowkitError
+from cowkit.cli.standard_error import complain
 
 TYPE_CHECKING = False  # as typing has it, which takes long to import
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import NoReturn
-
-_ESCAPED = {number: f"\\x{number:02x}" for number in (*range(32), *range(127, 160))}
-"""What would move a terminal's cursor, or worse: names may contain anything."""
 
 FAILED = 2
 INTERRUPTED = 128 + 2  # as a shell counts a command that SIGINT ended
@@ -81,30 +78,6 @@ def _run(argv: Sequence[str]) -> int:
     except SystemExit as ended:  # argparse, when help or the version was asked for
         return ended.code if isinstance(ended.code, int) else 0
     return chosen.run(arguments)
-
-
-def complain(error: Exception) -> None:
-    """Say ``error`` in one line on standard error."""
-    if isinstance(error, CowkitError):
-        text = str(error)
-    elif isinstance(error, OSError):
-        text = (error.strerror or str(error)) if error.filename is None else f"{error.filename}: {error.strerror}"
-    else:
-        text = f"internal error: {type(error).__name__}: {error} (COWKIT_DEBUG=1 shows where)"
-    note(" ".join(text.split("\n")))
-
-
-def printable(text: str) -> str:
-    """``text`` without what would move a terminal's cursor."""
-    return text.translate(_ESCAPED)
-
-
-def note(text: str) -> None:
-    """Tell the user ``text`` on standard error; whether anybody reads it makes no difference."""
-    try:
-        print(f"cowkit: {printable(text)}", file=sys.stderr, flush=True)
-    except (OSError, ValueError):
-        pass
 
 
 def _flush_output() -> None:

@@ -10,6 +10,7 @@ from cowkit.cli.answers import add_svg_argument, as_json, check_picture, draw_ma
 from cowkit.cli.choose import add_choice, choose
 from cowkit.cli.file_argument import file_argument
 from cowkit.cli.progress import Bar
+from cowkit.cli.served_argument import checkpoint_argument
 from cowkit.errors import UsageError
 from cowkit.server.control_client import ControlClient
 from cowkit.server.runtime import running
@@ -48,8 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     foreign.add_arguments(parser)
     parser.set_defaults(output=None, files=False, estimate=False)  # of `cowkit diff`
     states = parser.add_argument_group("which two states (default: the base, and now)")
-    states.add_argument("--since", metavar="CHECKPOINT", help="only what changed since that checkpoint")
-    states.add_argument("--at", metavar="CHECKPOINT", help="what was there at that checkpoint instead of now")
+    for option, what in (
+        ("--since", "only what changed since that checkpoint"),
+        ("--at", "what was there at that checkpoint instead of now"),
+    ):
+        checkpoint_argument(states.add_argument(option, metavar="CHECKPOINT", help=what))
 
 
 def run(arguments: argparse.Namespace) -> int:

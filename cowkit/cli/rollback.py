@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from cowkit.cli.choose import add_choice, choose
+from cowkit.cli.served_argument import checkpoint_argument
 from cowkit.server.control_client import ControlClient
 
 DESCRIPTION = (
@@ -19,7 +20,7 @@ cowkit rollback --base disk.img installed
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `cowkit rollback` takes."""
-    parser.add_argument("name", metavar="NAME", help="the checkpoint")
+    checkpoint_argument(parser.add_argument("name", metavar="NAME", help="the checkpoint"))
     add_choice(parser)
 
 

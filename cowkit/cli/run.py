@@ -11,8 +11,8 @@ from types import FrameType
 
 from cowkit.cli.file_argument import file_argument
 from cowkit.cli.image_arguments import add_image_arguments, asked_kind, image_options, note_names, option_of
-from cowkit.cli.main import complain, note
 from cowkit.cli.serving import Serving, add_disk_arguments
+from cowkit.cli.standard_error import complain, note
 from cowkit.errors import UsageError
 
 DESCRIPTION = (

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from cowkit.cli.file_argument import file_argument
 from cowkit.cli.lives import Ending, Opening, PidFile, ReadyLine
-from cowkit.cli.main import note
 from cowkit.cli.serving import Serving, add_disk_arguments
+from cowkit.cli.standard_error import note
 from cowkit.errors import UsageError
 from cowkit.server.activation import activated_listeners
 

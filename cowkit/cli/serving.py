@@ -263,6 +263,11 @@ class Serving:
         dirty = self.server.written_bytes
         base = self.disk.base
         where = "to the blank disk" if base is None else f"on top of {base}"  # which itself is never written
+        if self._arguments.overlay is not None:
+            from cowkit.diff.overlay import OVERLAY
+
+            if any(point.name == OVERLAY for point in self.disk.checkpoints):  # until a reset, which takes both away
+                where += f" with {self._arguments.overlay}"
         said = f"{format_size(dirty)} written {where}, thrown away" if dirty else f"nothing was written {where}"
         failure = self.disk.overlay_failure
         return said if failure is None else f"{said}; requests were refused: {failure}"

@@ -46,6 +46,7 @@ TOOLS = (
     Tool("nbdkit", "the reference that cowkit is compared with", _LONG, "nbdkit", "nbdkit"),
     Tool("nbdinfo", "looking at what a server offers", _LONG, "libnbd-bin", "libnbd"),
     Tool("nbdcopy", "filling and emptying a served disk fast", _LONG, "libnbd-bin", "libnbd"),
+    Tool("nbdsh", "reading and writing a served disk in lines of Python", _LONG, "python3-libnbd", "python3-libnbd"),
     Tool("nbdfuse", "having a served disk as a file", _LONG, "libnbd-bin", "nbdfuse"),
     Tool("nbd-client", "attaching a served disk to /dev/nbd0 (root)", _SHORT, "nbd-client", "nbd"),
     Tool("fio", "measuring speed (with its nbd engine)", _LONG, "fio", "fio"),

@@ -6,8 +6,8 @@ import argparse
 import json
 
 from cowkit.cli.file_argument import file_argument
-from cowkit.cli.main import note
 from cowkit.cli.progress import Bar
+from cowkit.cli.standard_error import note
 
 DESCRIPTION = (
     "Check the qcow2 difference DIFF: its header, tables and refcounts, whether its base is the one that it was made of, and whether "

@@ -61,7 +61,7 @@ def write_diff(
     :param options: the kind of image; qcow2 version 3 with clusters of 64 KiB unless given.
     :param engine: who writes it: cowkit itself, unless given.
     :param spare: files that ``path`` must not be, beside those that the image stands on.
-    :param snapshots: what an rbd difference calls the state before and the state now.
+    :param snapshots: what the checkpoints are called that are the state before and the state now; None where there is none.
     :raises UsageError: the options make no sense, the disk is too large for them, or ``backing_file`` does not fit the disk.
     :raises OutputError: the image cannot be written; an old file at ``path`` is as it was.
     :raises BaseChangedError: the base is not what it was when the disk was opened; an old file is as it was.
@@ -121,6 +121,7 @@ def write_diff(
         size=view.size,
         base_size=None if view.base.given is None else view.base.size,
         subclusters=shape.subclusters,
+        since=snapshots[0],
     )
 
 

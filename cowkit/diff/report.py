@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
-from cowkit.diff.qcow2.layout import image_size
+from cowkit.diff.report_parts import extents_to_json, is_resized, resize_note
 from cowkit.disk.extent import Extent, Kind
 from cowkit.disk.sizes import format_size
 
@@ -60,10 +60,12 @@ class DiffReport(NamedTuple):
     """Of the state before; None for a blank disk, which has none."""
     subclusters: bool = False
     """Whether the image's clusters are divided by 32: QEMU before 5.2 cannot read it then."""
+    since: str | None = None
+    """The checkpoint that is the state before: what is said here of the base is said of it. None: the base, or a blank disk."""
 
     @property
     def identical_bytes(self) -> int:
-        """What is dirty and yet the same as in the base."""
+        """What is dirty and yet the same as in the state before."""
         return self.dirty_bytes - self.changed_bytes
 
     @property
@@ -82,6 +84,7 @@ class DiffReport(NamedTuple):
             "size": self.size,
             "base_size": self.base_size,
             "resized": self.resized,
+            "since": self.since,
             "cluster_size": self.cluster_size,
             "subclusters": self.subclusters,
             "dirty_bytes": self.dirty_bytes,
@@ -109,7 +112,7 @@ class DiffReport(NamedTuple):
         if self.zeroed_bytes:
             lines.append(f"  {format_size(self.zeroed_bytes)} of it zeroed in {_extents(self.zeroed_extents)}")
         if self.identical_bytes:
-            lines.append(f"  {format_size(self.identical_bytes)} more were written but are the same as in the base")
+            lines.append(f"  {format_size(self.identical_bytes)} more were written but are {self._as_before}")
         if self.subclusters:
             lines.append("  with subclusters, for QEMU 5.2 and later")
         lines.append(
@@ -117,21 +120,11 @@ class DiffReport(NamedTuple):
         )
         return "\n".join(lines)
 
-
-def extents_to_json(extents: Iterable[Extent]) -> list[dict[str, object]]:
-    """Extents as each report in JSON has them."""
-    return [{"offset": offset, "length": length, "kind": str(kind)} for offset, length, kind in extents]
-
-
-def is_resized(size: int, base_size: int | None) -> bool:
-    """Whether a disk of ``size`` bytes is of another size than the state before; in sectors, since images have whole ones."""
-    return base_size is not None and image_size(size) != image_size(base_size)
-
-
-def resize_note(size: int, base_size: int | None) -> str:
-    """The same in words, for what is of another size."""
-    was = base_size or 0
-    return f"the size changed: {size} bytes, {abs(size - was)} {'more' if size > was else 'less'} than before ({was})"
+    @property
+    def _as_before(self) -> str:
+        if self.since is not None:
+            return f"as at checkpoint {self.since}"
+        return "zeroes, as before" if self.base_size is None else "the same as in the base"
 
 
 def _extents(count: int) -> str:

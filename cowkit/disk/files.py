@@ -121,8 +121,13 @@ def on_tmpfs(fd: int) -> bool:
 
 
 def _type_of_file_system(fd: int) -> str | None:
-    """What the file lies on (proc(5): fields 3 and, behind the dash, 1 of ``mountinfo``); None where that is not to be found."""
+    """What the file lies on, if no block device is below (proc(5): fields 3 and, behind the dash, 1 of ``mountinfo``).
+
+    None where one is, which the device's number tells at once, and where it is not to be found.
+    """
     device = os.fstat(fd).st_dev
+    if os.major(device):
+        return None
     wanted = f"{os.major(device)}:{os.minor(device)}"
     try:
         with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:

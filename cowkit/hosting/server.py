@@ -11,7 +11,6 @@ from cowkit.errors import ListenError, UsageError
 from cowkit.hosting.notices import Notices
 
 if TYPE_CHECKING:
-    from cowkit.hosting.disk import HostedDisk
     from cowkit.server.channel import Stream
 
 
@@ -57,6 +56,22 @@ class DiskServer(Protocol):
         """How many bytes clients wrote or zeroed."""
 
 
+class ServedDisk(Protocol):
+    """What a server in the host needs of its disk; see :class:`cowkit.hosting.disk.HostedDisk`."""
+
+    closed: bool
+
+    @property
+    def foreign(self) -> bool:
+        """Whether this process was forked from the one that the disk belongs to."""
+
+    def call(self, operation: str, *arguments: Any, descriptors: Sequence[int]) -> Any:
+        """Have the host carry out ``operation`` on the disk; its result."""
+
+    def errors_of(self, number: int) -> list[BaseException]:
+        """What went wrong in the threads of the server of that number."""
+
+
 class HostedServer:
     """A server in the host, with the methods of :class:`cowkit.server.server.NbdServer` that a user needs.
 
@@ -67,7 +82,7 @@ class HostedServer:
     """
 
     def __init__(
-        self, disk: HostedDisk, number: int, uris: tuple[str, ...], path: str | None, listeners: Sequence[Socket]
+        self, disk: ServedDisk, number: int, uris: tuple[str, ...], path: str | None, listeners: Sequence[Socket]
     ) -> None:
         self.uris = uris
         """Where clients connect: the Unix socket, TCP, vsock, and then the listeners that were given."""

@@ -190,6 +190,28 @@ def test_what_cannot_be_told_of_one_partition_is_status_2_and_the_others_are_tol
 
 
 @pytest.mark.parametrize(
+    ("magic", "at", "place", "told"),
+    [
+        (b"SWAPSPACE2", 4086, 16384, "no files here (swap)\n"),
+        (b"SWAPSPACE2", 4086, None, "no files here (swap)\n"),
+        (b"LUKS\xba\xbe", 0, None, "nothing changed (luks)\n"),
+        (b"LABELONE", 512, None, "nothing changed (lvm)\n"),
+        (b"", 0, None, "no known file system, and nothing changed\n"),
+    ],
+)
+def test_what_is_no_file_system_is_not_said_to_have_files_that_did_not_change(
+    tmp_path: Path, serve: Serve, cowkit: Run, magic: bytes, at: int, place: int | None, told: str
+) -> None:
+    disk = tmp_path / "other.img"
+    disk.write_bytes((bytes(at) + magic).ljust(1 << 20, b"\0"))
+    server = serve(disk)
+    if place is not None:
+        write(server.uri, b"paged out", place)
+    done = cowkit("diff", "--files")
+    assert (done.returncode, done.stdout, done.stderr) == (0, told, "")
+
+
+@pytest.mark.parametrize(
     ("arguments", "told"),
     [
         ((), "nothing to do: give -o OUT"),

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,11 +17,13 @@ import pytest
 
 import cowkit as package
 from cowkit.cli.arguments import COMMANDS, module_of, whole_parser
+from cowkit.cli.completion_functions import ZSH
 from cowkit.cli.doctor import version_of
-from cowkit.cli.main import complain, main
+from cowkit.cli.main import main
+from cowkit.cli.standard_error import complain
 from cowkit.cli.tools import TOOLS, Tool
 from cowkit.errors import CowkitError
-from tests.cli.helpers import COWKIT, PATIENCE, Run, complaint
+from tests.cli.helpers import COWKIT, PATIENCE, Run, Serve, complaint
 
 
 def test_the_version_is_the_packages(cowkit: Run) -> None:
@@ -200,6 +203,68 @@ def test_bash_completes_commands_options_and_files(cowkit: Run, tmp_path: Path) 
     assert "some.img" in complete("cowkit", "diff", "--base", "so")
 
 
+@pytest.fixture
+def served(serve: Serve, cowkit: Run, tmp_path: Path) -> dict[str, str]:
+    """Two servers with checkpoints; an environment that has the command on PATH."""
+    for name, points in (("one", ["first", "second $(touch run)"]), ("other", ["third"])):
+        serve("--size", "1M", "--name", name)
+        for point in points:
+            assert cowkit("checkpoint", "--from", name, point).returncode == 0
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "cowkit").write_text(f'#!/bin/sh\nexec {shlex.join(COWKIT)} "$@"\n')
+    (tmp_path / "bin" / "cowkit").chmod(0o755)
+    return {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+
+
+def printed_by(shell: str, code: str, folder: Path, environment: dict[str, str]) -> list[str]:
+    done = subprocess.run([shell, "-c", code], capture_output=True, text=True, cwd=folder, env=environment, check=False)
+    assert done.stderr == ""
+    assert not (folder / "run").exists()
+    return sorted(done.stdout.splitlines())
+
+
+@pytest.mark.requires("bash")
+def test_bash_completes_servers_and_the_checkpoints_of_the_one_that_is_chosen(
+    served: dict[str, str], cowkit: Run, tmp_path: Path
+) -> None:
+    script = cowkit("completion", "bash").stdout
+    for typed, expected in (
+        (["rollback", "--from", "o"], ["one", "other"]),
+        (["diff", "--from", "ot"], ["other"]),
+        (["diff", "--from", "b"], ["bin"]),
+        (["diff", "--from", "one", "--since", ""], ["first", r"second\ \$\(touch\ run\)"]),
+        (["rollback", "--from", "one", "f"], ["first"]),
+        (["map", "--from", "=", "other", "--at", ""], ["third"]),  # as readline splits --from=other
+        (["rollback", "--from", "none", ""], []),
+        (["rollback", ""], []),  # of which of the two?
+    ):
+        words = f"COMP_WORDS=({shlex.join(['cowkit', *typed])}); COMP_CWORD={len(typed)}"
+        code = f'{script}\n{words}; _shtab_cowkit; for each in "${{COMPREPLY[@]}}"; do echo "$each"; done'
+        assert printed_by("bash", code, tmp_path, served) == expected
+
+
+@pytest.mark.requires("zsh")
+def test_zsh_completes_servers_and_the_checkpoints_of_the_one_that_is_chosen(
+    served: dict[str, str], cowkit: Run, tmp_path: Path
+) -> None:
+    script = cowkit("completion", "zsh").stdout
+    assert ":SERVER:_cowkit_servers" in script and ":SOURCE:_cowkit_servers_and_files" in script
+    assert script.count(":CHECKPOINT:_cowkit_checkpoints") == 4 and ":the checkpoint:_cowkit_checkpoints" in script
+    for function, typed, expected in (
+        ("_cowkit_servers", [], ["one", "other"]),
+        ("_cowkit_servers_and_files", [], ["_files", "one", "other"]),
+        ("_cowkit_checkpoints", ["diff", "--from", "one", "--since", ""], ["first", "second $(touch run)"]),
+        ("_cowkit_checkpoints", ["map", "--from=other", "--at", ""], ["third"]),
+        ("_cowkit_checkpoints", ["rollback", "--from", "none", ""], []),
+        ("_cowkit_checkpoints", ["rollback", ""], []),  # of which of the two?
+    ):
+        # What zsh's own functions do takes a line editor.
+        own = 'compadd() { for each in ${(P)2}; do print -r -- "$each"; done }; _files() { print _files }'
+        code = f"{ZSH}\n{own}\nwords=({shlex.join(typed)}); {function}"
+        assert printed_by("zsh", code, tmp_path, served) == expected
+    subprocess.run(["zsh", "-n"], input=script, text=True, check=True)
+
+
 def test_an_unknown_shell_is_said(cowkit: Run) -> None:
     assert "invalid choice: 'dos'" in complaint(cowkit("completion", "dos"))
 
@@ -241,7 +306,12 @@ def test_a_missing_tool_is_no_failure_and_how_to_get_it_is_said(cowkit: Run, tmp
     done = cowkit("doctor", PATH=str(tmp_path / "bin"))
     assert done.returncode == 0
     assert re.search(r"^  nbdkit +missing ", done.stdout, re.MULTILINE)
-    assert re.search(r"^  sudo apt-get install .*libnbd-bin.*nbdkit.*qemu-utils", done.stdout, re.MULTILINE)
+    assert re.search(
+        r"^  nbdsh +missing +reading and writing a served disk in lines of Python$", done.stdout, re.MULTILINE
+    )
+    assert re.search(
+        r"^  sudo apt-get install .*libnbd-bin.*nbdkit.*python3-libnbd.*qemu-utils", done.stdout, re.MULTILINE
+    )
     assert re.search(r"^  sudo dnf install .*libnbd.*nbdkit", done.stdout, re.MULTILINE)
 
 
@@ -269,7 +339,13 @@ def test_what_cowkit_itself_lacks_is_a_no(cowkit: Run, runtime: Path) -> None:
 
 @pytest.mark.parametrize(
     ("script", "version"),
-    [("echo tool 1.2.3-4", "1.2.3"), ("echo hello; exit 3", "?"), ("echo x 5.0 >&2", "5.0"), (None, None)],
+    [
+        ("echo tool 1.2.3-4", "1.2.3"),
+        ("echo hello; exit 3", "?"),
+        ("echo no 3.11.7; exit 1", "?"),
+        ("echo x 5.0 >&2", "5.0"),
+        (None, None),
+    ],
 )
 def test_a_tools_version_is_found_in_what_it_prints(
     script: str | None, version: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

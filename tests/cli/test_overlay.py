@@ -36,6 +36,8 @@ def test_serving_goes_on_from_an_earlier_difference(cowkit: Run, serve: Serve, b
     server.end()
     both = content(tmp_path / "both.qcow2", base)
     assert (both[4096:4101], both[70_000:70_006]) == (b"first", b"second")
+    done = cowkit("run", "disk.img", "--overlay", "d2.qcow2", "--", "true")
+    assert done.stderr == "cowkit: nothing was written on top of disk.img with d2.qcow2\n"
     done = cowkit("run", "disk.img", "--overlay", "d2.qcow2", "--diff", "same.qcow2", "--", "true")
     assert done.returncode == 0, done.stderr
     assert content(tmp_path / "same.qcow2", base) == both
@@ -50,11 +52,11 @@ def test_what_is_said_to_be_written_is_what_clients_wrote_and_not_what_the_diffe
     server.end()
     server = serve("disk.img", "--overlay", "d1.qcow2")
     assert read(server.uri, 5, 4096) == b"first"
-    assert server.end() == (0, "", "cowkit: nothing was written on top of disk.img\n")
+    assert server.end() == (0, "", "cowkit: nothing was written on top of disk.img with d1.qcow2\n")
     server = serve("disk.img", "--overlay", "d1.qcow2")
     write(server.uri, b"again", 4096)
     write(server.uri, b"more", 70_000)
-    assert server.end() == (0, "", "cowkit: 8 KiB written on top of disk.img, thrown away\n")
+    assert server.end() == (0, "", "cowkit: 8 KiB written on top of disk.img with d1.qcow2, thrown away\n")
     server = serve("disk.img", "--overlay", "d1.qcow2")
     assert cowkit("reset", "--base", "disk.img").returncode == 0
     write(server.uri, b"after", 4096)

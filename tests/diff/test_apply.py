@@ -93,8 +93,10 @@ def test_a_chain_goes_into_the_copy_and_a_blank_disk_has_one_too(base: Path, tmp
             disk.pwrite(b"two", 1_500_000)
             disk.diff(tmp_path / "d2.qcow2", since="one", backing_file="d1.qcow2")
             expected = disk.pread(SIZE, 0)
-        apply_to(tmp_path / "d2.qcow2", tmp_path / "new.img")
+        report = apply_to(tmp_path / "d2.qcow2", tmp_path / "new.img")
         assert (tmp_path / "new.img").read_bytes()[:SIZE] == expected
+        assert report.base == (str(bottom) if bottom else None)
+        assert ("a copy of the base with" if bottom else "which stands on no base") in report.summary()
 
 
 @pytest.mark.requires("qemu-img", "qemu-nbd", "setpriv", modules=["nbd"])

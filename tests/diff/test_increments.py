@@ -67,6 +67,25 @@ def test_what_was_written_back_as_it_was_at_the_checkpoint_is_left_out(base: Pat
     assert (report.dirty_bytes, report.changed_bytes) == (4096, 0)
 
 
+def test_the_report_names_the_state_that_what_was_written_is_the_same_as(base: Path, tmp_path: Path) -> None:
+    with CowDisk(base) as disk:
+        disk.pwrite(base.read_bytes()[:4096], 0)
+        disk.checkpoint("installed")
+        from_base = disk.diff(tmp_path / "d1.qcow2", at="installed")
+        disk.pwrite(base.read_bytes()[:4096], 0)
+        increment = disk.diff(tmp_path / "d2.qcow2", since="installed", backing_file="d1.qcow2")
+    with CowDisk(size=SIZE) as disk:
+        disk.pwrite(bytes(4096), 0)
+        blank = disk.diff(tmp_path / "blank.qcow2")
+    said = [report.summary().splitlines()[1] for report in (from_base, increment, blank)]
+    assert said == [
+        "  4 KiB more were written but are the same as in the base",
+        "  4 KiB more were written but are as at checkpoint installed",
+        "  4 KiB more were written but are zeroes, as before",
+    ]
+    assert [report.to_json()["since"] for report in (from_base, increment, blank)] == [None, "installed", None]
+
+
 def test_a_view_of_a_checkpoint_outlives_a_rollback_past_it(base: Path) -> None:
     with CowDisk(base) as disk:
         first = disk.checkpoint("first")

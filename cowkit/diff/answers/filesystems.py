@@ -34,6 +34,10 @@ _MAGICS = (
 )
 _LOOKED_AT = 0x10048
 
+WITHOUT_FILES = ("swap",)
+CONTAINERS = {"lvm": "an LVM physical volume", "luks": "an encrypted volume"}
+"""What may have file systems within, which are not looked for."""
+
 _EXT_MAGIC = struct.Struct("<H")
 _EXT_FEATURES = struct.Struct("<II")
 _EXT4_ONLY = 0x2C0

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, Self
 from cowkit.diff.answers.amounts import Amounts
 from cowkit.diff.answers.file_change import FileSystemChanges
 from cowkit.diff.answers.image_size import Estimate
-from cowkit.diff.report import extents_to_json, is_resized
+from cowkit.diff.report_parts import extents_to_json, is_resized
 from cowkit.disk.extent import Extent, Kind
 
 TableState = Literal["none", "same", "changed", "added", "removed", "damaged"]

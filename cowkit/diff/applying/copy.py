@@ -88,6 +88,7 @@ def apply_to(
             finished=False,
             recognised=chain.recognised == "identity",
             seconds=time.perf_counter() - begun,
+            base=None if bottom is None else bottom.given,
         )
 
 

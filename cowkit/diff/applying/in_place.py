@@ -122,6 +122,7 @@ def apply_in_place(
             recognised=chain.recognised == "identity",
             others=target.others(facts, before),
             seconds=time.perf_counter() - begun,
+            base=target.path,
         )
 
 
@@ -222,6 +223,7 @@ class _Target:
             finished=True,
             recognised=True,
             seconds=time.perf_counter() - begun,
+            base=self.path,
         )
         return report, facts
 

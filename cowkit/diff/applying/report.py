@@ -36,6 +36,8 @@ class ApplyReport(NamedTuple):
     seconds: float
     others: Others | None = None
     """In place: what becomes of differences to the base as it was; None where that is not known."""
+    base: str | None = None
+    """Where the base is, as it was given or found; None where there is none: the difference is a blank disk's, or all of a disk."""
 
     def to_json(self) -> dict[str, object]:
         """The same as JSON has it; ``schema`` is the version of its form."""
@@ -48,7 +50,9 @@ class ApplyReport(NamedTuple):
             what = f"of {self.path} " if self.path is not None else ""
             return f"{self.target}: the interrupted apply {what}is finished, {held}"
         if not self.in_place:
-            return f"{self.target}: a copy of the base with {self.path} in it, {held}, {format_size(self.size)} in all"
+            based = f"a copy of the base with {self.path} in it"
+            alone = f"all of the disk of {self.path}, which stands on no base"
+            return f"{self.target}: {alone if self.base is None else based}, {held}, {format_size(self.size)} in all"
         return (
             f"{self.target}: {self.path} is in it now, {held}"
             + {

@@ -86,6 +86,20 @@ def test_files_in_a_partition_are_told_under_its_number(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("change", ["removed", "added"])
+def test_swap_has_no_files_so_all_are_removed_by_making_it_and_added_in_its_place(tmp_path: Path, change: str) -> None:
+    ext = make_image(tmp_path / "ext.img", make_tree(tmp_path / "tree"), "-t", "ext2")
+    swap = tmp_path / "swap.img"
+    swap.write_bytes((bytes(4086) + b"SWAPSPACE2").ljust(ext.stat().st_size, b"\0"))
+    base, now = (ext, swap) if change == "removed" else (swap, ext)
+    with CowDisk(base) as disk:
+        put_on(disk, now)
+        (found,) = files(disk)
+    assert (found.file_system, found.problem) == ("swap" if change == "removed" else "ext2", None)
+    assert {each.change for each in found.changes} == {change}
+    assert {"/mode", "/moved", "/deep"} <= {each.path for each in found.changes}
+
+
 def test_a_directory_that_is_renamed_takes_its_files_along(tmp_path: Path) -> None:
     base = make_image(tmp_path / "disk.img", make_tree(tmp_path / "tree"), "-t", "ext4")
     changed = Path(shutil.copyfile(base, tmp_path / "changed.img"))

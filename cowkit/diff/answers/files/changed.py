@@ -11,7 +11,7 @@ from cowkit.diff.answers.files.debugfs import ExtFiles
 from cowkit.diff.answers.files.ext import Side, ext_changes
 from cowkit.diff.answers.files.guest import guest_changes
 from cowkit.diff.answers.files.scratch import Place, State, data_copy, metadata_copy, states_of
-from cowkit.diff.answers.filesystems import file_system_at
+from cowkit.diff.answers.filesystems import CONTAINERS, WITHOUT_FILES, file_system_at
 from cowkit.diff.answers.states import Now, Partitions
 from cowkit.disk.extent import Extent
 from cowkit.disk.layer import default_directory
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from cowkit.diff.view import View
 
 EXT = ("ext2", "ext3", "ext4")
-_WITHOUT_FILES = ("swap",)
-_CONTAINERS = {"lvm": "an LVM physical volume", "luks": "an encrypted volume"}
 
 
 class _Found(NamedTuple):
@@ -30,6 +28,11 @@ class _Found(NamedTuple):
 
     place: Place
     name: str | None
+
+    @property
+    def has_files(self) -> bool:
+        """Whether it is something with files."""
+        return self.name is not None and self.name not in WITHOUT_FILES
 
 
 class _Pair(NamedTuple):
@@ -86,7 +89,7 @@ def _answer(view: View, pair: _Pair, changed: Sequence[Extent], check: Callable[
             return None  # the disk has a partition table in one of the states
         problem = "no known file system, so its files cannot be told" if touched else None
         return FileSystemChanges(pair.partition, None, (), problem) if problem else None
-    if name in _WITHOUT_FILES or (name is None and was in _WITHOUT_FILES):
+    if {was, name} <= {*WITHOUT_FILES, None}:
         return FileSystemChanges(pair.partition, name or was, ())
     try:
         return _compared(view, pair, was, name, changed, check)
@@ -103,27 +106,28 @@ def _compared(
 ) -> FileSystemChanges:
     shown = name or was
     for each in (name, was):
-        if each in _CONTAINERS:
-            problem = f"it holds {_CONTAINERS[each]}, which is not looked into"
+        if each in CONTAINERS:
+            problem = f"it holds {CONTAINERS[each]}, which is not looked into"
             return FileSystemChanges(pair.partition, shown, (), problem)
     if name is None and pair.now is not None:
         problem = f"there was {was}, and nothing known is there now: its superblock is damaged or overwritten"
         return FileSystemChanges(pair.partition, shown, (), problem)
-    if {was, name} <= {*EXT, None}:
+    if {was, name} <= {*EXT, *WITHOUT_FILES, None}:
         before, now = states_of(view)
         with ExitStack() as opened:
             sides = [
-                _ext_side(state, found, opened, check) if found is not None and found.name is not None else None
+                _ext_side(state, found, opened, check) if found is not None and found.has_files else None
                 for state, found in ((before, pair.before), (now, pair.now))
             ]
             return FileSystemChanges(pair.partition, shown, ext_changes(sides[0], sides[1], changed))
     before, now = states_of(view)
     with ExitStack() as opened:
         was_there, is_there = (
-            data_copy(state, found.place, opened) if found is not None and found.name is not None else None
+            data_copy(state, found.place, opened) if found is not None and found.has_files else None
             for state, found in ((before, pair.before), (now, pair.now))
         )
-        return FileSystemChanges(pair.partition, shown, guest_changes(was_there, is_there, shown or "it", check))
+        called = next(each for each in (name, was) if each is not None and each not in WITHOUT_FILES)
+        return FileSystemChanges(pair.partition, shown, guest_changes(was_there, is_there, called, check))
 
 
 def _ext_side(state: State, found: _Found, opened: ExitStack, check: Callable[[], None]) -> Side:

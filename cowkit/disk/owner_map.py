@@ -76,7 +76,7 @@ def _marked_runs(kinds: Chunk, start: int, stop: int) -> Iterator[Run]:
             zero = kinds.find(ZERO, match.end(), stop)
         else:
             end = data + 1
-            if end < stop and kinds[end] == _DATA:  # a block alone is what most runs are, and a pattern takes as long as all else
+            if end < stop and kinds[end] == _DATA:  # blocks alone, the most of them, do without a pattern
                 match = _run_of(_DATA).match(kinds, data, stop)
                 assert match is not None
                 end = match.end()

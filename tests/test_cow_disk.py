@@ -248,6 +248,22 @@ def test_a_relative_base_is_relative_to_the_working_directory_of_that_moment_and
     disk.check_diff(Path("e.qcow2"))
 
 
+@pytest.mark.parametrize("there", [False, True], ids=["nothing", "another file"])
+def test_a_base_above_the_folder_that_a_link_leads_to_is_no_file_beside_the_link(
+    make: Make, tmp_path: Path, *, there: bool
+) -> None:
+    (tmp_path / "real" / "below").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("real/below")
+    (tmp_path / "real" / "disk.img").write_bytes(b"real" * 2048)
+    if there:
+        (tmp_path / "disk.img").write_bytes(b"none" * 2048)
+    disk = make(f"{tmp_path}/link/../disk.img")
+    disk.pwrite(b"x", 0)
+    disk.diff(tmp_path / "diff.qcow2")
+    assert disk.pread(4, 4096) == b"real"
+    disk.close()
+
+
 def test_a_relative_base_is_found_where_the_working_directory_has_been_renamed_and_is_missed_where_it_is_not(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

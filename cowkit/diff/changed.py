@@ -380,6 +380,11 @@ class Changes:
         self._view.read_base_into(buffer, offset)
         self.tally.bytes_read += max(0, min(len(buffer), self._view.base.size - offset))
 
+    def tell(self) -> None:
+        """Have ``progress`` called where something else is read than what changed, so that it can end that, too."""
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
     def _advance(self, length: int) -> None:
         self._done += length
         if self._progress is not None and (self._done - self._told) * _STEPS >= self._total:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from itertools import pairwise
 
 from cowkit.diff.chain import DiffChain
-from cowkit.diff.qcow2.layout import image_size
-from cowkit.disk import Disk, Kind
+from cowkit.diff.qcow2.layout import down, image_size
+from cowkit.disk import Disk, Extent, Kind
 from cowkit.errors import UsageError, WrongBaseError
 
 OVERLAY = "overlay"
@@ -39,7 +41,10 @@ def check_overlay(chain: DiffChain, *, size: int | None) -> int:
 
 
 def lay_over(disk: Disk, path: str | os.PathLike[str]) -> None:
-    """Write what the difference at ``path`` holds, or the chain that it is the top of, to a disk of the base that it was made of.
+    """Write what the difference at ``path`` changes, or the chain that it is the top of, to a disk of the base that it was made of.
+
+    That is blocks of the disk that are not as the base has them. An image holds whole clusters, and of the base what else is in
+    them; that is not written, since something else may have been by now.
 
     :raises WrongBaseError: it is a difference to another base, or of a disk of another size.
     :raises OverlayFullError: there is no room for it; part of it may be written.
@@ -53,7 +58,7 @@ def lay_over(disk: Disk, path: str | os.PathLike[str]) -> None:
             raise WrongBaseError(
                 f"{chain.path} is a difference of a disk of {size} bytes, and this one has {disk.size}"
             )
-        _write_held(disk, chain)
+        _write_changed(disk, chain)
 
 
 def load_overlay(disk: Disk, chain: DiffChain) -> None:
@@ -78,5 +83,58 @@ def _write_held(disk: Disk, chain: DiffChain) -> None:
         elif extent.kind is Kind.DATA:
             for offset in range(extent.offset, end, _PIECE):
                 disk.pwrite(chain.pread(min(_PIECE, end - offset), offset), offset)
-    if disk.size > chain.size:  # what the difference cut off of its base stays away
+    _cut_off(disk, chain)
+
+
+def _write_changed(disk: Disk, chain: DiffChain) -> None:
+    for extent in chain.held():
+        if extent.kind is Kind.HOLE:
+            continue
+        for start, end in _pieces(disk, extent):
+            content = bytes(end - start) if extent.kind is Kind.ZERO else chain.pread(end - start, start)
+            before = bytearray(end - start)
+            inside = max(0, min(end, disk.base.size) - start)
+            disk.base.read_into(memoryview(before)[:inside], start)
+            for first, last in _where_different(content, before, -start % disk.block_size, disk.block_size):
+                if extent.kind is Kind.ZERO:
+                    disk.zero(last - first, start + first)
+                else:
+                    disk.pwrite(content[first:last], start + first)
+    _cut_off(disk, chain)
+
+
+def _pieces(disk: Disk, extent: Extent) -> Iterator[tuple[int, int]]:
+    """``extent`` in pieces that may differ from the base: of what reads as zeroes, where the base has anything."""
+    ranges = [(extent.offset, min(extent.end, disk.size))]
+    if extent.kind is Kind.ZERO:
+        length = max(0, min(extent.end, disk.base.size) - extent.offset)
+        found = disk.base.extents(extent.offset, length) if length else iter(())
+        ranges = [(each.offset, each.end) for each in found if each.kind is Kind.DATA]
+    for start, end in ranges:
+        while start < end:
+            stop = min(down(start, _PIECE) + _PIECE, end)
+            yield start, stop
+            start = stop
+
+
+def _where_different(one: bytes, other: bytearray, first: int, block: int) -> Iterator[tuple[int, int]]:
+    """The runs of blocks in which ``one`` and ``other``, which are as long, differ; ``first`` is where the first whole block begins."""
+    if one == other:
+        return
+    begun: int | None = None
+    edges = [0, *range(first or block, len(one), block), len(one)]
+    for start, end in pairwise(edges):
+        same = one[start:end] == other[start:end]
+        if same and begun is not None:
+            yield begun, start
+            begun = None
+        elif not same and begun is None:
+            begun = start
+    if begun is not None:
+        yield begun, len(one)
+
+
+def _cut_off(disk: Disk, chain: DiffChain) -> None:
+    """What the difference cut off of its base stays away."""
+    if disk.size > chain.size:
         disk.zero(disk.size - chain.size, chain.size)

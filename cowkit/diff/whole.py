@@ -53,6 +53,7 @@ class Whole:
             while at < last:
                 if self._batch.is_full:
                     yield self._batch.take()
+                    self._changes.tell()
                 length = min(last - at, down(self._batch.room, self._cluster))
                 self._keep(at, self._read(at, length))
                 at += length

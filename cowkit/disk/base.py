@@ -49,7 +49,7 @@ def _absolute(given: str) -> str:
     try:
         return plain if os.path.samefile(plain, given) else whole
     except (OSError, ValueError):
-        return plain
+        return whole if os.path.exists(given) else plain
 
 
 class Identity(NamedTuple):

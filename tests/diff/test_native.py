@@ -298,6 +298,27 @@ def test_progress_ends_at_the_whole(base: Path, tmp_path: Path) -> None:
     assert len(told) > 50
 
 
+def test_progress_can_end_the_copying_of_a_large_base(tmp_path: Path) -> None:
+    (tmp_path / "base.img").write_bytes(noise(32 * MIB, 3))
+
+    def end(done: int, total: int) -> None:
+        written = max(each.stat().st_size for each in tmp_path.iterdir() if each.name not in ("base.img", "diff.qcow2"))
+        if written > 4 * MIB:
+            raise OutputError(f"enough at {written // MIB}")
+
+    with Disk(FileBase(tmp_path / "base.img"), tmpdir=tmp_path) as disk:
+        disk.pwrite(b"boo", 0)
+        with disk.freeze() as view, pytest.raises(OutputError, match=r"enough at ([0-9]|1[0-9])$"):
+            write_diff(
+                view,
+                tmp_path / "diff.qcow2",
+                backing_file=None,
+                progress=end,
+                options=ImageOptions(standalone=True),
+            )
+    assert [each.name for each in tmp_path.iterdir()] == ["base.img"]
+
+
 def test_the_report_says_the_same_as_json_and_to_people(base: Path, tmp_path: Path) -> None:
     with Disk(FileBase(base), tmpdir=tmp_path) as disk:
         disk.pwrite(noise(8192, 5), 4096)

@@ -88,6 +88,24 @@ class Recorded(NamedTuple):
         return cls() if image.identity is None else cls.from_bytes(image.identity, image.path)
 
 
+def exact_size(base: Base) -> int:
+    """The size in bytes of the disk in ``base``: as recorded, if that is a difference of cowkit's; elsewhere ``base``'s own.
+
+    :raises BaseError: ``base`` cannot be read.
+    """
+    if base.backing_refusal is not None or base.path is None or base.backing_format != "qcow2":
+        return base.size
+    try:
+        with Qcow2Image(base.path) as image:
+            disk = Recorded.of_image(image).disk
+    except ImageError:  # QEMU reads it, whatever it is
+        return base.size
+    if disk is None or disk == base.size or image_size(disk) != base.size:
+        return base.size
+    cut = base.pread(base.size - disk, disk)  # something there was written by others, who know of sectors alone
+    return base.size if cut.strip(b"\0") else disk
+
+
 def record(view: View, identity: BaseIdentity | None) -> Recorded | None:
     """What an image of ``view`` is to record; None where that is nothing.
 

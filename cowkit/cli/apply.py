@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("give the difference to apply: cowkit apply DIFF --to COPY (see `cowkit apply --help`)")
     report = _copy(arguments) if arguments.to is not None else _in_place(arguments)
     if not report.recognised:
-        note(unrecognised(arguments.diff, arguments.base or "the file that it names"))
+        note(unrecognised(report.lowest or arguments.diff, arguments.base or "the file that it names"))
     _tell(report, arguments)
     return 0
 

@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
             progress=bar.update,
         )
     if not found.recognised:
-        note(unrecognised(arguments.diff, found.base))
+        note(unrecognised(found.images[-1], found.base))
     print(json.dumps(found.to_json(), indent=2) if arguments.json else found.summary())
     return 1 if found.disagreements else 0
 

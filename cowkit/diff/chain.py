@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from functools import partial
 from types import TracebackType
-from typing import Literal, NamedTuple, Self
+from typing import Literal, Self
 
+from cowkit.diff.below import Below, below_of
 from cowkit.diff.identity import BaseIdentity, Progress
-from cowkit.diff.qcow2.layout import MAGIC, image_size
+from cowkit.diff.qcow2.layout import image_size
 from cowkit.diff.qcow2.reader import Qcow2Image
 from cowkit.diff.recorded import Recorded
 from cowkit.disk import Base
@@ -19,24 +19,10 @@ from cowkit.disk.files import is_same_file
 from cowkit.errors import ImageError, UsageError, WrongBaseError
 
 _LONGEST = 200
-_PROTOCOL = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 _ANY_SIZE = 1 << 63
 
 Recognised = Literal["identity", "name", "no"]
 """By what the base was found to be the right one: by its identity, by its name alone, or by nothing."""
-
-
-class Below(NamedTuple):
-    """What an image of a chain names as its backing file."""
-
-    image: str
-    """Who names it."""
-    name: str
-    """As it is recorded."""
-    path: str | None
-    """Where that is; None where it is no path."""
-    format: str | None
-    """The format that is recorded."""
 
 
 class DiffChain:
@@ -98,7 +84,7 @@ class DiffChain:
                     f"image {self.path} has a chain of backing files that is endless or over {_LONGEST} long"
                 )
             seen.append(status)
-            self.below = _below(image)
+            self.below = below_of(image)
             if base is not None and self.below is not None and _leads_to(self.below, base):
                 return
             if self.below is None or not _goes_on(image, self.below, to_a_base=base is not None):
@@ -115,7 +101,7 @@ class DiffChain:
         """
         for index in reversed(range(len(self.images))):
             image = self.images[index]
-            below, identity = _below(image), self._identity(image)
+            below, identity = below_of(image), self._identity(image)
             if below is None or identity is None or below.format not in (None, base.backing_format):
                 continue
             if identity.differs_from(base) is None:
@@ -134,13 +120,22 @@ class DiffChain:
     def missing(self) -> str | None:
         """Which difference is missing, in words; None where the chain goes down to where a base is to be.
 
-        An increment says of itself that it stands on one more difference, and that was not found as a qcow2 image.
+        An increment says of itself that it stands on one more difference, and that was not found as a qcow2 image. An image
+        without the identity of a base may stand on anything that is one.
         """
         identity, below = self._identity(self.images[-1]), self.below
-        if identity is None or not identity.increment or below is None or below.format != "qcow2":
+        if below is None or below.format != "qcow2" or below.path is None:
+            return None
+        if identity is None:
+            if below.is_image:
+                return None
+            what = "one more image"
+        elif identity.increment:
+            what = "one more difference"
+        else:
             return None
         return (
-            f"{below.image} stands on one more difference, {below.name}, which is missing: put that back, or record in "
+            f"{below.image} stands on {what}, {below.name}, which is missing: put that back, or record in "
             f"{below.image} where it is (qemu-img rebase -u -b DIFFERENCE -F qcow2)"
         )
 
@@ -150,8 +145,8 @@ class DiffChain:
         """Read what shows through from ``base``, after it was seen to be the one that the chain is made for.
 
         :param base: it stays the caller's; None for a chain that stands alone.
-        :param full: compare the whole base with the digest of all its bytes, which must be recorded; None: where it is, since
-            whoever wrote the difference asked for that; False: never.
+        :param full: compare the whole base with the digest of all its bytes, which must be recorded in one of the images, of
+            what that stands on; None: where it is, since whoever wrote the difference asked for that; False: never.
         :param progress: called with the bytes of that which are read and those there are.
         :raises WrongBaseError: it is another one, or an image of the chain is not what the one on top of it was made of.
         :raises UsageError: ``full``, and that digest is not recorded.
@@ -170,36 +165,34 @@ class DiffChain:
         missing = None if base is None or self.below is None or _leads_to(self.below, base) else self.missing
         if missing is not None and base is not None and base.backing_format != "qcow2":
             raise WrongBaseError(f"{base.given} is no base for {self.path}: {missing}")
+        identities = [self._identity(image) for image in self.images]
+        if full and base is not None and all(each is None or each.full is None for each in identities):
+            raise UsageError(
+                f"{self.path} does not record the digest of its whole base: compare without it, or write it with --hash full"
+            )
         self.base = base
         for index, image in reversed(list(enumerate(self.images))):  # what is wrong below shows through above, too
-            identity = self._identity(image)
+            identity = identities[index]
             bottom = image is lowest
             if identity is None or (bottom and base is None):
                 continue
             compare = identity.full is not None and full is not False
-            if full and bottom and identity.full is None:
-                raise UsageError(
-                    f"{image.path} does not record the digest of its whole base: compare without it, or write it with --hash full"
-                )
             slow = compare and bottom and base is not None and base.scattered_reads_are_slow
             why = identity.differs_from(_Reader(self, index), full=compare, sampled=not slow, progress=progress)
-            if compare and bottom:
-                self.whole_base = True
+            if compare and base is not None:
+                self.whole_base = True  # of a base below other images, all that shows through
             if why is not None:
                 if bottom and missing is not None and base is not None:
                     raise WrongBaseError(f"{base.given} is no base for {self.path}: {missing}")
                 below = base.given if bottom and base is not None else self.images[index + 1].path
+                alone = bottom and base is not None and base.backing_format != "qcow2"
                 raise WrongBaseError(
                     f"{image.path} is a difference to another base than {below}: {why}; it was made of {image.backing_file}, "
-                    "which may have been written to since"
+                    f"which{'' if alone else ', or what that stands on,'} may have been written to since"
                 )
-        if base is None or self._identity(lowest) is not None:
+        if base is None or identities[-1] is not None or self.whole_base:
             self.recognised = "identity"
             return
-        if full:
-            raise UsageError(
-                f"{lowest.path} records no identity of its base, as other programs' images: leave out --hash full"
-            )
         assert self.below is not None
         self.recognised = "name" if _leads_to(self.below, base) else "no"
 
@@ -284,18 +277,6 @@ class _Reader:
         buffer[:] = self._below.pread(len(buffer), offset)
 
 
-def _below(image: Qcow2Image) -> Below | None:
-    name = image.backing_file
-    if name is None:
-        return None
-    path = None
-    if not _PROTOCOL.match(name):
-        path = os.path.join(os.path.dirname(os.path.abspath(image.path)), name)
-    elif name.startswith("file:"):
-        path = os.path.join(os.path.dirname(os.path.abspath(image.path)), name.removeprefix("file:"))
-    return Below(image.path, name, path, image.backing_format)
-
-
 def _leads_to(below: Below, base: Base) -> bool:
     """Whether the name is that of ``base``, which is all of what it names, in the format that is recorded."""
     if base.backing_refusal is not None or below.format not in (None, base.backing_format):
@@ -310,8 +291,9 @@ def _goes_on(image: Qcow2Image, below: Below, *, to_a_base: bool) -> bool:
 
     A base may be a qcow2 image, too. A difference either has the identity of what it stands on, or is what an increment stands on.
     """
-    if below.path is None or below.format not in (None, "qcow2") or not _is_qcow2(below.path):
+    if not below.is_image:
         return False
+    assert below.path is not None
     identity = DiffChain._identity(image)
     if to_a_base or (identity is not None and identity.increment):
         return True
@@ -319,14 +301,4 @@ def _goes_on(image: Qcow2Image, below: Below, *, to_a_base: bool) -> bool:
         with Qcow2Image(below.path) as lower:
             return DiffChain._identity(lower) is not None
     except ImageError:
-        return False
-
-
-def _is_qcow2(path: str) -> bool:
-    try:
-        if not os.path.isfile(path):
-            return False
-        with open(path, "rb") as file:
-            return file.read(len(MAGIC)) == MAGIC
-    except (OSError, ValueError):
         return False

@@ -151,6 +151,16 @@ def spread(extents: Sequence[Extent], most: int) -> list[int]:
     return sorted(found)
 
 
+def shared(parts: Sequence[Sequence[Extent]], most: int) -> list[int]:
+    """The offsets of up to ``most`` blocks in order, of each part as many as there is room for: what one leaves, others have."""
+    found: set[int] = set()
+    left = sorted((part for part in parts if part), key=lambda part: len(spread(part, most)))
+    while left and len(found) < most:
+        found.update(spread(left[0], max(1, (most - len(found)) // len(left))))
+        del left[0]
+    return sorted(found)
+
+
 def full_digest(reader: Reader, size: int, progress: Progress | None = None) -> str:
     """The SHA-256 of the first ``size`` bytes, of which up to a sector's rest may be missing."""
     digest = hashlib.sha256()

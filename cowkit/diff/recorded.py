@@ -6,10 +6,11 @@ import json
 import re
 from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
-from cowkit.diff.identity import BLOCK, MOST_WRITTEN, BaseIdentity, Written, blocks_digest, spread
+from cowkit.diff.identity import BLOCK, MOST_WRITTEN, BaseIdentity, Written, blocks_digest, shared
+from cowkit.diff.members import members_of
 from cowkit.diff.qcow2.layout import SECTOR, image_size
 from cowkit.diff.qcow2.reader import Qcow2Image
-from cowkit.disk.extent import Extent, Kind
+from cowkit.disk.extent import Extent
 from cowkit.disk.sizes import LARGEST_DISK
 from cowkit.disk.view_base import ViewBase
 from cowkit.errors import ImageError
@@ -87,40 +88,54 @@ class Recorded(NamedTuple):
         return cls() if image.identity is None else cls.from_bytes(image.identity, image.path)
 
 
+def exact_size(base: Base) -> int:
+    """The size in bytes of the disk in ``base``: as recorded, if that is a difference of cowkit's; elsewhere ``base``'s own.
+
+    :raises BaseError: ``base`` cannot be read.
+    """
+    if base.backing_refusal is not None or base.path is None or base.backing_format != "qcow2":
+        return base.size
+    try:
+        with Qcow2Image(base.path) as image:
+            disk = Recorded.of_image(image).disk
+    except ImageError:  # QEMU reads it, whatever it is
+        return base.size
+    if disk is None or disk == base.size or image_size(disk) != base.size:
+        return base.size
+    cut = base.pread(base.size - disk, disk)  # something there was written by others, who know of sectors alone
+    return base.size if cut.strip(b"\0") else disk
+
+
 def record(view: View, identity: BaseIdentity | None) -> Recorded | None:
     """What an image of ``view`` is to record; None where that is nothing.
 
     :param identity: who the base is, if the image has one and it is known.
     :raises BaseError: the base cannot be read.
     """
-    if identity is not None and (before := _held_by(view.base)) is not None:
-        identity = identity._replace(increment=True, written=_written(view, before))
+    if identity is not None and (before := members_of(view.base)):
+        identity = identity._replace(increment=_is_kept(view.base), written=_written(view, before))
     if identity is None and not (view.size % SECTOR or view.base.size % SECTOR):
         return None
     return Recorded(identity, view.size)
 
 
-def _written(view: View, before: list[Extent]) -> Written | None:
+def _written(view: View, before: list[list[Extent]]) -> Written | None:
     after = list(view.dirty_extents()) if view.dirty_is_known else []
-    half = MOST_WRITTEN // 2
-    some = {*spread(before, MOST_WRITTEN if not after else half), *spread(after, half if before else MOST_WRITTEN)}
-    at = tuple(sorted(offset for offset in some if offset < view.base.size))
+    at = tuple(offset for offset in shared([after, *before], MOST_WRITTEN) if offset < view.base.size)
     return Written(at, blocks_digest(view.base, view.base.size, at)) if at else None
 
 
-def _held_by(base: Base) -> list[Extent] | None:
-    """What ``base`` holds itself, if it is a state of a disk, or a difference that was kept of one; None where it is neither."""
+def _is_kept(base: Base) -> bool:
+    """Whether ``base`` is a state of a disk, or a difference that was kept of one."""
     if isinstance(base, ViewBase):
-        return list(base.shown.dirty_extents())
+        return True
     if base.backing_refusal is not None or base.path is None or base.backing_format != "qcow2":
-        return None
+        return False
     try:
         with Qcow2Image(base.path) as image:
-            if Recorded.of_image(image).base is None:
-                return None
-            return [extent for extent in image.extents() if extent.kind is not Kind.HOLE]
+            return Recorded.of_image(image).base is not None
     except ImageError:  # QEMU reads it, whatever it is
-        return None
+        return False
 
 
 def _is_size(value: object) -> TypeGuard[int]:

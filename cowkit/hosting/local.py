@@ -72,9 +72,9 @@ def _open_base(base: str | os.PathLike[str], options: DiskOptions) -> Base:
     golden = _open_golden(base, options)
     if golden is not None:
         return golden
-    from cowkit.bases import open_base
+    from cowkit.hosting.opening import open_exactly
 
-    return open_base(
+    return open_exactly(
         base,
         format=options.base_format,
         offset=options.offset,

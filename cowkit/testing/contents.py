@@ -136,10 +136,10 @@ def open_content(thing: Comparable) -> Base:
     if isinstance(thing, bytes | bytearray | memoryview):
         return BytesBase(thing)
     if isinstance(thing, str | os.PathLike):
-        from cowkit.bases import open_base
+        from cowkit.hosting.opening import open_exactly
 
         try:
-            return open_base(thing)
+            return open_exactly(thing)
         except BaseOpenError as error:  # for whoever compares, it is no base
             given = os.fsdecode(thing)
             raise BaseOpenError(str(error).replace(f"base {given}", given, 1)) from error
@@ -153,9 +153,9 @@ def open_base_of(disk: CowDisk) -> Base:
     opened = disk.opened_as
     if disk.base is None:
         return ZeroBase(disk.size)
-    from cowkit.bases import open_base
+    from cowkit.hosting.opening import open_exactly
 
-    return open_base(
+    return open_exactly(
         disk.base, format=opened.base_format, offset=opened.offset, partition=opened.partition, tmpdir=opened.tmpdir
     )
 

@@ -136,6 +136,23 @@ def test_a_difference_of_another_program_is_taken_with_a_word_about_it(cowkit: R
     assert (tmp_path / "new.img").read_bytes() == base.read_bytes()
 
 
+@pytest.mark.usefixtures("changed")
+def test_of_a_chain_the_one_that_does_not_know_its_base_is_named(cowkit: Run, base: Path, tmp_path: Path) -> None:
+    with CowDisk(tmp_path / "diff.qcow2") as disk:
+        disk.pwrite(b"on top", 90_000)
+        disk.diff(tmp_path / "top.qcow2")
+    convert = ["qemu-img", "convert", "-O", "qcow2", "-B", "disk.img", "-F", "raw", "diff.qcow2", "again"]
+    subprocess.run(convert, cwd=tmp_path, check=True)
+    (tmp_path / "again").replace(tmp_path / "diff.qcow2")
+    to_a_copy = ("apply", "top.qcow2", "--to", "new.img")
+    for arguments in (("verify", "top.qcow2"), to_a_copy, ("apply", "top.qcow2", "--in-place", "--force")):
+        done = cowkit(*arguments)
+        assert done.returncode == 0
+        assert done.stderr.startswith(f"cowkit: {tmp_path}/diff.qcow2 does not record who its base is: ")
+        assert done.stderr.count("\n") == 1
+    assert (tmp_path / "new.img").read_bytes() == base.read_bytes()
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -23,6 +23,7 @@ from cowkit.diff.verify import verify_diff
 from cowkit.disk import Kind
 from cowkit.disk.extent import Extent
 from cowkit.errors import CowkitError, UsageError, WrongBaseError
+from cowkit.testing import assert_same
 from tests.diff.helpers import make_base, noise, run
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -269,3 +270,29 @@ def test_verify_tells_a_file_that_lacks_the_end_of_the_disk(tmp_path: Path) -> N
     found = verify_diff(tmp_path / "d.qcow2", against=base)
     assert [each[:2] for each in found.disagreements] == [(130_000, 48)]
     assert found.size == 130_048
+
+
+@pytest.mark.requires("qemu-img", "qemu-nbd", "qemu-io", "setpriv", modules=["nbd"])
+def test_a_difference_as_a_base_has_the_size_of_its_disk_unless_others_have_written_behind_it(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base.img", 130_000, {0: noise(130_000, 1)})
+    one, two, new = tmp_path / "d1.qcow2", tmp_path / "d2.qcow2", tmp_path / "new.img"
+    with CowDisk(base) as disk:
+        disk.pwrite(b"last", 129_996)
+        disk.diff(one)
+        assert_same(disk, one)
+    with CowDisk(one) as disk:
+        disk.pwrite(b"second last", 129_980)
+        expected = disk.pread(disk.size, 0)
+        disk.diff(two)
+    assert expected == base.read_bytes()[:129_980] + b"second last" + base.read_bytes()[129_991:129_996] + b"last"
+    to_a_copy(two, None)
+    assert new.read_bytes() == expected
+    verify(two, None)
+    assert_same(two, new)
+    with CowDisk(two, offset=129_980) as disk:
+        assert disk.pread(disk.size, 0) == expected[129_980:]
+    with CowDisk(base, overlay=two) as disk:
+        assert disk.pread(disk.size, 0) == expected
+    run("qemu-io", "-c", "write -P 7 129536 512", two)
+    with CowDisk(two) as disk:
+        assert disk.pread(disk.size, 0) == expected[:129_536] + b"\7" * 512

@@ -160,6 +160,34 @@ def test_a_change_where_nothing_is_sampled_is_found_by_the_whole_digest(tmp_path
         verify_diff(tmp_path / "sampled.qcow2", full=True)
 
 
+def test_the_whole_digest_of_what_one_of_a_chain_stands_on_tells_of_all_below_it(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base.img", 40 * MIB, {20 * MIB: noise(MIB, 1)})
+    with CowDisk(base) as disk:
+        disk.diff(tmp_path / "d1.qcow2")
+        disk.checkpoint("one")
+        disk.diff(tmp_path / "sampled.qcow2", since="one", backing_file="d1.qcow2")
+        disk.diff(tmp_path / "d2.qcow2", since="one", backing_file="d1.qcow2", hash="full")
+        disk.checkpoint("two")
+        disk.diff(tmp_path / "d3.qcow2", since="two", backing_file="d2.qcow2")
+    with pytest.raises(UsageError, match=r"^\S*sampled\.qcow2 does not record the digest of its whole base: "):
+        verify_diff(tmp_path / "sampled.qcow2", full=True)
+    for image in ("d2.qcow2", "d3.qcow2"):
+        for full in (None, True):
+            assert verify_diff(tmp_path / image, full=full).whole_base
+        assert not verify_diff(tmp_path / image, full=False).whole_base
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", base, tmp_path / "d1.qcow2")
+    found = verify_diff(tmp_path / "d2.qcow2", full=True)
+    assert (found.whole_base, found.recognised) == (True, True)
+    with base.open("r+b") as file:
+        file.seek(20 * MIB + 12_345)
+        file.write(b"x")
+    for image in ("d2.qcow2", "d3.qcow2"):
+        with pytest.raises(
+            WrongBaseError, match=r"d2\.qcow2 is a difference to another base .*the digest of all its bytes"
+        ):
+            apply_to(tmp_path / image, tmp_path / "new.img", full=True)
+
+
 def test_a_difference_of_another_program_is_read_and_said_to_know_no_base(base: Path, tmp_path: Path) -> None:
     run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", base, tmp_path / "diff.qcow2")
     run("qemu-io", "-c", "write -P 7 64k 4k", tmp_path / "diff.qcow2")

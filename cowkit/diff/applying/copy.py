@@ -89,6 +89,7 @@ def apply_to(
             recognised=chain.recognised == "identity",
             seconds=time.perf_counter() - begun,
             base=None if bottom is None else bottom.given,
+            lowest=chain.images[-1].path,
         )
 
 

@@ -123,6 +123,7 @@ def apply_in_place(
             others=target.others(facts, before),
             seconds=time.perf_counter() - begun,
             base=target.path,
+            lowest=chain.images[-1].path,
         )
 
 

@@ -39,6 +39,9 @@ class ApplyReport(NamedTuple):
     base: str | None = None
     """Where the base is, as it was given or found; None where there is none: the difference is a blank disk's, or all of a disk."""
 
+    lowest: str | None = None
+    """The image that stands on the base: the difference, or the lowest of those that it stands on; None where it is not known."""
+
     def to_json(self) -> dict[str, object]:
         """The same as JSON has it; ``schema`` is the version of its form."""
         return {"schema": SCHEMA, **self._asdict(), "seconds": round(self.seconds, 6)}

@@ -50,10 +50,10 @@ class Layer(Counted):
         try:
             self.fd = _unnamed_file(directory)
         except OSError as error:
-            raise OverlayError(
-                f"cannot make the overlay's file in {directory}: {error.strerror}; "
-                "set TMPDIR (or tmpdir=, --tmpdir) to a directory where files can be written"
-            ) from error
+            remedy = "set TMPDIR (or tmpdir=, --tmpdir) to a directory where files can be written"
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                remedy = "allow more (`ulimit -n`), or let fewer clients connect"
+            raise OverlayError(f"cannot make the overlay's file in {directory}: {error.strerror}; {remedy}") from error
         self._sized = True
         try:
             os.ftruncate(self.fd, size)
@@ -133,7 +133,11 @@ class Layer(Counted):
                 if error.errno != errno.EINVAL:
                     raise self.failed("write", error) from error
                 rest = piped.take_all()  # a file system that takes nothing from pipes (splice(2))
-                self.write([rest], offset)
+                try:
+                    self.write([rest], offset)
+                except (OverlayFullError, OverlayError):
+                    piped.give_back(rest)  # how much of it was written, nobody knows
+                    raise
                 return
             length -= count
             offset += count

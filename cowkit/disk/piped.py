@@ -23,6 +23,7 @@ class Piped:
     def __init__(self) -> None:
         self.left = 0
         """How many bytes are in it."""
+        self._given_back = memoryview(b"")
         self._source, self._target = os.pipe()
         try:
             fcntl.fcntl(self._target, fcntl.F_SETPIPE_SZ, _SIZE)
@@ -51,6 +52,10 @@ class Piped:
 
     def take(self, into: memoryview) -> None:
         """Move all that is left to the beginning of ``into``, which has room for it."""
+        first, self._given_back = self._given_back, memoryview(b"")
+        into[: len(first)] = first
+        self.left -= len(first)
+        into = into[len(first) :]
         while self.left:
             count = os.readv(self._source, [into[: self.left]])
             self.left -= count
@@ -61,6 +66,11 @@ class Piped:
         data = memoryview(bytearray(self.left))
         self.take(data)
         return data
+
+    def give_back(self, data: memoryview) -> None:
+        """Have ``data``, which were all that was left, be that again."""
+        self._given_back = data
+        self.left = len(data)
 
     def close(self) -> None:
         """Give the descriptors back."""

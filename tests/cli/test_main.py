@@ -248,8 +248,10 @@ def test_zsh_completes_servers_and_the_checkpoints_of_the_one_that_is_chosen(
     served: dict[str, str], cowkit: Run, tmp_path: Path
 ) -> None:
     script = cowkit("completion", "zsh").stdout
-    assert ":SERVER:_cowkit_servers" in script and ":SOURCE:_cowkit_servers_and_files" in script
-    assert script.count(":CHECKPOINT:_cowkit_checkpoints") == 4 and ":the checkpoint:_cowkit_checkpoints" in script
+    # Each option's line ends so; shtab of different versions calls the argument differently.
+    endings = re.findall(r":[^:\]]+:(_cowkit_[a-z_]+)\"", script)
+    assert "_cowkit_servers" in endings and "_cowkit_servers_and_files" in endings
+    assert endings.count("_cowkit_checkpoints") == 5
     for function, typed, expected in (
         ("_cowkit_servers", [], ["one", "other"]),
         ("_cowkit_servers_and_files", [], ["_files", "one", "other"]),

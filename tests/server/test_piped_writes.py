@@ -207,6 +207,38 @@ def test_a_payload_that_was_written_in_part_is_whole_once_there_is_room(
         assert tried == [0]
 
 
+def test_a_payload_that_a_file_system_took_in_part_but_not_from_a_pipe_is_whole_once_there_is_room(
+    server: NbdServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = random.Random(7).randbytes(2 * LONG)
+    disk = server.disk
+    with warmed_up(server) as client:
+        point = disk.checkpoint()
+        disk.pwrite(b"spare" * 1000, 0)
+        disk.rollback(point)  # leaves a layer that can be given back
+        client.write(b"w" * LONG, SIZE - LONG)
+
+        write = Layer.write
+        tried: list[int] = []
+
+        def invalid(piped: Piped, fd: int, most: int, offset: int) -> int:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+        def full(layer: Layer, parts: list[memoryview], offset: int) -> None:
+            if tried:
+                write(layer, parts, offset)
+                return
+            tried.append(offset)
+            write(layer, [parts[0][:50_000]], offset)
+            raise OverlayFullError("no room")
+
+        monkeypatch.setattr(Piped, "to_file", invalid)
+        monkeypatch.setattr(Layer, "write", full)
+        client.write(data, 0)
+        assert client.read(len(data), 0) == data
+        assert tried == [0]
+
+
 def test_a_file_system_that_takes_nothing_from_pipes_is_written_to_all_the_same(
     server: NbdServer, piped: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

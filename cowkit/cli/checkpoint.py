@@ -21,7 +21,7 @@ cowkit checkpoint --list
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `cowkit checkpoint` takes."""
-    parser.add_argument("name", metavar="NAME", nargs="?", help="what to call it (default: checkpoint-1 and so on)")
+    parser.add_argument("name", metavar="NAME", nargs="?", help="what to call it (default: checkpoint-N, the Nth)")
     parser.add_argument(
         "--list", action="store_true", help="make none, but print the names of those there are, oldest first"
     )

@@ -8,6 +8,7 @@ import sys
 import time
 from typing import Any
 
+from cowkit.cli.standard_error import printable
 from cowkit.disk.sizes import format_size
 from cowkit.errors import ControlError
 from cowkit.server.control_client import ControlClient
@@ -58,14 +59,14 @@ def _described(server: ServerInfo) -> dict[str, Any]:
 def _row(server: dict[str, Any]) -> tuple[str, ...]:
     dirty, clients = server["dirty_bytes"], server["connections"]
     return (
-        server["name"],
+        printable(server["name"]),
         str(server["pid"]),
         format_size(server["size"]),
         "?" if dirty is None else format_size(dirty),
         "?" if clients is None else str(clients),
         _duration(time.time() - server["started"]),
-        server["base"] or "-",
-        server["uris"][0],
+        printable(server["base"] or "-"),
+        printable(server["uris"][0]),
     )
 
 

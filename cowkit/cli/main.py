@@ -10,6 +10,7 @@ import atexit
 import os
 import sys
 
+from cowkit.cli.encodable import ENCODABLE
 from cowkit.cli.standard_error import complain
 
 TYPE_CHECKING = False  # as typing has it, which takes long to import
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that ``argv`` (without the program's name) spells, and return its exit status."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None and hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="surrogateescape")  # file names are bytes, and come out as they went in
+            stream.reconfigure(errors=ENCODABLE)
     try:
         status = _run(sys.argv[1:] if argv is None else argv)
         if sys.stdout is not None:

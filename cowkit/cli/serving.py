@@ -65,7 +65,12 @@ def add_disk_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FORMAT",
         help="BASE's: raw, xz, gz, zst, bz2, or QEMU's name of one, such as qcow2 (default: what BASE's name and content agree on)",
     )
-    disk.add_argument("--offset", metavar="SIZE", default="0", help="begin that many bytes into BASE (default: 0)")
+    disk.add_argument(
+        "--offset",
+        metavar="SIZE",
+        default="0",
+        help="begin that many bytes into BASE, or into its partition (default: 0)",
+    )
     disk.add_argument(
         "--partition", metavar="N", type=int, help="serve BASE's partition N, counted from 1, instead of the whole"
     )

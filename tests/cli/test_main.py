@@ -275,6 +275,30 @@ def test_every_command_is_in_the_whole_parser() -> None:
     assert set(COMMANDS) <= set(whole_parser(complete=True).format_help().split())
 
 
+# Names and pictures on any output
+
+
+def test_what_an_output_has_no_form_for_is_a_question_mark_and_bytes_of_names_stay(
+    cowkit: Run, serve: Serve, base: Path, tmp_path: Path
+) -> None:
+    serve(base, "--name", "m\xfcll")
+    other = os.fsdecode(os.fsencode(tmp_path) + b"/m\xfc.img")
+    shutil.copy(base, other)
+    serve(other, "--name", "bytes")
+    for encoding, name in (("ascii", "m?ll"), ("latin-1", "m\udcfcll"), ("utf-8", "m\xfcll")):
+        listed = cowkit("ls", PYTHONIOENCODING=encoding)
+        assert (listed.returncode, listed.stderr) == (0, "")
+        assert name in listed.stdout
+        assert other in listed.stdout
+    drawn = cowkit("map", "--from", "bytes", PYTHONIOENCODING="ascii")
+    assert (drawn.returncode, drawn.stderr) == (0, "")
+
+
+def test_a_name_cannot_move_the_cursor_of_who_lists_it(cowkit: Run, serve: Serve, base: Path) -> None:
+    serve(base, "--name", "a\x1b[31mb\nc")
+    assert r"a\x1b[31mb\x0ac" in cowkit("ls").stdout
+
+
 # The doctor
 
 

@@ -86,10 +86,10 @@ def check_picture(path: str | None, *needed: str | None) -> None:
     from cowkit.diff.qcow2.header import backing_chain
     from cowkit.keeping.in_use import refuse_replacing_served
 
-    refuse_replacing_served(path)
     files = [each for each in needed if each is not None]
     spare = [each for file in files for each in (file, *backing_chain(os.path.abspath(file)))]
     AtomicOutput(path, spare=spare).check()
+    refuse_replacing_served(path)
 
 
 def write_picture(report: ChangesReport, path: str | None, title: str) -> None:

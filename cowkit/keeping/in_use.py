@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
+from cowkit.disk.files import is_same_file
 from cowkit.errors import ControlError, OutputError
-from cowkit.server.runtime import identity_of, running
 
 
 def refuse_served(path: str) -> None:
@@ -14,11 +14,8 @@ def refuse_served(path: str) -> None:
     :raises OutputError: one does.
     :raises ControlError: the runtime directory is not safe, so that nobody can tell.
     """
-    try:
-        identity = identity_of(path)
-    except (OSError, ValueError):
-        return  # who opens it says so
-    _refuse(path, identity, others=False)
+    if _is_there(path):
+        _refuse(path, own=True)
 
 
 def refuse_replacing_served(path: str) -> None:
@@ -29,38 +26,42 @@ def refuse_replacing_served(path: str) -> None:
 
     :raises OutputError: one does.
     """
+    if _is_there(path):
+        try:
+            _refuse(path, own=False)
+        except ControlError:
+            pass  # from a runtime directory that is not safe, nobody can serve either
+
+
+def _is_there(path: str) -> bool:
     try:
-        identity = identity_of(path)
+        os.stat(path)
     except (OSError, ValueError):
-        return
-    try:
-        _refuse(path, identity, others=True)
-    except ControlError:
-        pass  # in a runtime directory that is not safe, nobody can serve either
+        return False  # who opens it says so
+    return True
 
 
-def _refuse(path: str, identity: tuple[int, int], *, others: bool) -> None:
+def _refuse(path: str, *, own: bool) -> None:
+    from cowkit.diff.qcow2.header import backing_chain  # most outputs replace nothing, and do without these
+    from cowkit.server.runtime import running
+
     for server in running():
-        if others and server.pid == os.getpid():
+        if not own and server.pid == os.getpid():
             continue
-        if server.identity == identity:
+        if server.identity is not None and _is(path, server.identity):
             raise OutputError(
                 f"cannot write {path}: it is the base of the disk {server.name} that process {server.pid} serves; end that first"
             )
-        if server.base is not None and any(_is(each, identity) for each in _below(server.base)):
+        if server.base is not None and any(is_same_file(each, path) for each in backing_chain(server.base)):
             raise OutputError(
                 f"cannot write {path}: the disk {server.name} that process {server.pid} serves stands on it, by way of its base "
                 f"{server.base}; end that first"
             )
 
 
-def _below(base: str) -> list[str]:
-    from cowkit.diff.qcow2.header import backing_chain  # for those who have found a server
-
-    return backing_chain(base)
-
-
 def _is(path: str, identity: tuple[int, int]) -> bool:
+    from cowkit.server.runtime import identity_of
+
     try:
         return identity_of(path) == identity
     except (OSError, ValueError):

@@ -84,10 +84,12 @@ def check_picture(path: str | None, *needed: str | None) -> None:
         raise UsageError("a picture cannot be written to standard output: name a file (./- if it is to be called -)")
     from cowkit.diff.output import AtomicOutput
     from cowkit.diff.qcow2.header import backing_chain
+    from cowkit.keeping.in_use import refuse_replacing_served
 
     files = [each for each in needed if each is not None]
     spare = [each for file in files for each in (file, *backing_chain(os.path.abspath(file)))]
     AtomicOutput(path, spare=spare).check()
+    refuse_replacing_served(path)
 
 
 def write_picture(report: ChangesReport, path: str | None, title: str) -> None:

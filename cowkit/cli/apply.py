@@ -65,10 +65,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _copy(arguments: argparse.Namespace) -> ApplyReport:
-    from cowkit.diff.applying.copy import apply_to
+    from cowkit.keeping.applying import apply_to_copy
 
+    if arguments.to == "-":
+        raise UsageError("a disk cannot be written to standard output: name a file (./- if it is to be called -)")
     with Bar("apply") as bar:
-        return apply_to(
+        return apply_to_copy(
             arguments.diff,
             arguments.to,
             base=arguments.base,

@@ -6,13 +6,13 @@ import argparse
 import hashlib
 import os
 import random
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +35,9 @@ cowkit demo
 cowkit demo --keep /tmp/demo
 """
 
+_BASE, _DIFF = "disk.img", "diff.qcow2"
+"""What the files that are kept are called."""
+
 _IMAGE_SIZE = 64 << 20
 _PACKAGES = ("asyncio", "email", "encodings", "json", "unittest", "xml")
 """Folders of Python's own library: some megabytes of files that are on every machine that can run this."""
@@ -51,37 +54,46 @@ _DAMAGE = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `cowkit demo` takes."""
     parser.add_argument(
-        "--keep", metavar="DIR", help="keep the image and the difference in DIR; a temporary one unless given"
+        "--keep",
+        metavar="DIR",
+        help="keep the image and the difference in DIR, which has no disk.img and no diff.qcow2 yet (default: thrown away)",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Show it."""
-    with _folder(arguments.keep) as folder:
-        return _Demo(folder, kept=arguments.keep is not None).run()
+    keep = None if arguments.keep is None else _folder_to_keep(arguments.keep)
+    with tempfile.TemporaryDirectory(prefix="cowkit-demo-", dir=os.environ.get("TMPDIR") or "/var/tmp") as scratch:
+        return _Demo(keep, Path(scratch)).run()
 
 
-@contextmanager
-def _folder(keep: str | None) -> Iterator[Path]:
-    if keep is None:
-        with tempfile.TemporaryDirectory(prefix="cowkit-demo-", dir=os.environ.get("TMPDIR") or "/var/tmp") as name:
-            yield Path(name)
-        return
+def _folder_to_keep(name: str) -> Path:
+    """The directory of that name, made if need be, in which nothing is in the way.
+
+    :raises OutputError: it cannot be had, or has files that the demonstration would replace.
+    """
     try:
-        os.makedirs(keep, exist_ok=True)
+        os.makedirs(name, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"cannot make the directory {keep}: {error.strerror}") from error
-    yield Path(keep)
+        raise OutputError(f"cannot make the directory {name}: {error.strerror}") from error
+    except ValueError as error:  # a NUL in the name
+        raise OutputError(f"cannot make the directory {name!r}: {error}") from error
+    for kept in (_BASE, _DIFF):
+        if os.path.lexists(path := os.path.join(name, kept)):
+            raise OutputError(f"{path} is there already, and would be replaced: move it, or name another directory")
+    return Path(name)
 
 
 class _Demo:
     """One showing: each step says what it did, and the table at the end what came of it."""
 
-    def __init__(self, folder: Path, *, kept: bool) -> None:
-        self._kept = kept
-        self._base = folder / "disk.img"
-        self._diff = folder / "diff.qcow2"
-        self._copy = folder / "look.img"
+    def __init__(self, keep: Path | None, scratch: Path) -> None:
+        folder = scratch if keep is None else keep
+        self._kept = keep is not None
+        self._base = folder / _BASE
+        self._diff = folder / _DIFF
+        self._scratch = scratch
+        self._copy = scratch / "look.img"
         self._step = 0
 
     def run(self) -> int:
@@ -113,7 +125,6 @@ class _Demo:
             self._say(
                 f"roll back to the checkpoint in {back:.1f} ms: e2fsck finds the disk {'sound' if mended else 'NOT sound'}"
             )
-        self._copy.unlink(missing_ok=True)
         self._summary(report, client)
         if broken and untouched and mended:
             return 0
@@ -126,9 +137,7 @@ class _Demo:
 
     def _make_image(self) -> None:
         source = Path(os.__file__).parent
-        for name in (self._base, self._diff, self._copy):
-            name.unlink(missing_ok=True)
-        with tempfile.TemporaryDirectory(prefix="files-", dir=self._base.parent) as files:
+        with tempfile.TemporaryDirectory(prefix="files-", dir=self._scratch) as files:
             for package in _PACKAGES:
                 if (source / package).is_dir():
                     ignored = shutil.ignore_patterns("__pycache__")
@@ -146,7 +155,7 @@ class _Demo:
                 "cowkit-demo",
                 "-d",
                 files,
-                str(self._base),
+                _argument(self._base),
                 str(_IMAGE_SIZE >> 10),
             ]
             _run(command, "making the file system")
@@ -174,9 +183,9 @@ class _Demo:
     def _check_diff(self, disk: CowDisk) -> str:
         """Compare the difference with the live disk, by QEMU's own tool where it is there; returns by what."""
         if find_program("qemu-img"):
-            _run(["qemu-img", "check", "-q", str(self._diff)], "checking the difference")
+            _run(["qemu-img", "check", "-q", _argument(self._diff)], "checking the difference")
             _run(
-                ["qemu-img", "compare", "-q", "-f", "qcow2", "-F", "raw", str(self._diff), disk.uri],
+                ["qemu-img", "compare", "-q", "-f", "qcow2", "-F", "raw", _argument(self._diff), disk.uri],
                 "comparing the difference",
             )
             return "qemu-img check and compare"
@@ -216,7 +225,7 @@ class _Demo:
         print("\nwhere it changed (0: reads as zeroes now):")
         print(strip(report.changed, report.virtual_size, 64))
         if self._kept:
-            print(f"\nto look at it: qemu-img info {self._diff}")
+            print(f"\nto look at it: qemu-img info {shlex.quote(_argument(self._diff))}")
 
 
 def _client(disk: CowDisk) -> tuple[str, Callable[[str, int, int, random.Random], None]]:
@@ -254,7 +263,7 @@ def _client(disk: CowDisk) -> tuple[str, Callable[[str, int, int, random.Random]
 
 def _e2fsck(image: Path) -> bool:
     """Whether e2fsck finds errors (e2fsck(8): exit status 4, or 8 where it could not even begin on such a file system)."""
-    return _run(["e2fsck", "-f", "-n", str(image)], "checking the file system", answers=(0, 4, 8, 12)) != 0
+    return _run(["e2fsck", "-f", "-n", _argument(image)], "checking the file system", answers=(0, 4, 8, 12)) != 0
 
 
 def _run(command: Sequence[str], purpose: str, answers: tuple[int, ...] = (0,)) -> int:
@@ -267,6 +276,11 @@ def _run(command: Sequence[str], purpose: str, answers: tuple[int, ...] = (0,)) 
     if done.returncode not in answers:
         raise ToolFailedError(command, done.returncode, done.stdout.decode(errors="replace"))
     return done.returncode
+
+
+def _argument(path: Path) -> str:
+    """The path as programs take it for one: not for an option, and not, as QEMU's do, for ``PROTOCOL:NAME``."""
+    return str(path) if path.is_absolute() else f"./{path}"
 
 
 def _sha256(path: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
+from cowkit.bases.formats import IMAGES
 from cowkit.bases.opening import image_format_of, is_uri
 from cowkit.diff import ImageOptions, backing_name
 from cowkit.diff.qcow2.layout import check_format_name
@@ -14,6 +15,26 @@ from cowkit.disk.arguments import check_text
 from cowkit.disk.files import path_text
 from cowkit.errors import UsageError
 from cowkit.keeping.backing_file import check_backing_file, format_of_kept
+
+_PROTOCOLS = (
+    "file",
+    "nbd",
+    "http",
+    "https",
+    "ftp",
+    "ftps",
+    "ssh",
+    "nfs",
+    "iscsi",
+    "iser",
+    "rbd",
+    "gluster",
+    "nvme",
+    "vvfat",
+)
+_FILTERS = ("throttle", "compress", "preallocate", "quorum", "replication", "copy-on-read", "blkdebug", "blkverify")
+_OF_QEMU = {"raw", *IMAGES, "luks", "null-co", "null-aio", *_PROTOCOLS, *_FILTERS}
+"""What QEMU takes for a backing file's format: its block drivers (``BlockdevDriver`` in its QAPI), as far as they read."""
 
 
 class Backing(NamedTuple):
@@ -78,6 +99,8 @@ def _checked(base: Base, path: str, name: str, format: str | None, kept: View | 
         raise UsageError(f"a blank disk has no base to be called {name!r}: its difference stands alone")
     if not name:
         raise UsageError("the name of the backing file is empty: give the base's path, or leave the name out")
+    if format is not None:
+        _check_known(format)
     if is_uri(name) or "\0" in name:
         return Backing(name, format or _expected(base, kept))
     output = os.path.realpath(path)
@@ -91,7 +114,16 @@ def _checked(base: Base, path: str, name: str, format: str | None, kept: View | 
     if format is None:
         format = _expected(base, kept) if kept is None else format_of_kept(backing)
     check_backing_file(base, backing, check_format_name(format), kept)
+    if ":" in name.split("/", 1)[0] and os.path.lexists(backing):
+        name = f"./{name}"  # or QEMU takes what is before the colon for a protocol's name
     return Backing(name, format)
+
+
+def _check_known(format: str) -> None:
+    if check_format_name(format) not in _OF_QEMU:
+        raise UsageError(
+            f"backing format {format!r} is none that QEMU knows: {', '.join(('raw', *IMAGES))} and the like"
+        )
 
 
 def _expected(base: Base, kept: View | None) -> str:

@@ -17,6 +17,7 @@ from cowkit.disk.arguments import check_text
 from cowkit.errors import BaseError, UsageError
 from cowkit.keeping.backing import choose_backing
 from cowkit.keeping.engines import engine_for
+from cowkit.keeping.in_use import refuse_replacing_served
 from cowkit.keeping.live import check_asking, check_kind, output_path, with_answers
 from cowkit.keeping.suspects import check_context, told_by, told_by_layers
 
@@ -87,6 +88,7 @@ def keep_foreign(
     check_asking(progress, changes=changes, files=files)
     options.check()
     path = output_path(path)
+    refuse_replacing_served(path)
     with _compared(now, base, now_format, base_format, context, progress) as view:
         backing = choose_backing(view.base, path, backing_file, backing_format, options)
         with engine_for(view, options) as engine:

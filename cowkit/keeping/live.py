@@ -15,6 +15,7 @@ from cowkit.disk.files import path_text
 from cowkit.errors import OutputError, UsageError
 from cowkit.keeping.backing import choose_backing
 from cowkit.keeping.engines import engine_for
+from cowkit.keeping.in_use import refuse_replacing_served
 
 Point = Checkpoint | str
 
@@ -53,6 +54,7 @@ def keep(
     check_asking(progress, changes=changes, files=files)
     options.check()
     path = output_path(path)
+    refuse_replacing_served(path)
     with closing(view_of(disk, states) if disk.last is None else disk.last.view()) as view:
         kept = None if states.since is None else view
         backing = choose_backing(view.base, path, backing_file, backing_format, options, kept=kept)
@@ -134,6 +136,7 @@ def check(
     :raises CowkitError: what it would raise.
     """
     path = output_path(path)
+    refuse_replacing_served(path)
     check_kind(options)
     choose_backing(disk.base, path, backing_file, backing_format, options)
     secret = [] if options.secret_file is None else [os.fsdecode(options.secret_file)]

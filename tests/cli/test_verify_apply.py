@@ -168,3 +168,43 @@ def test_of_a_chain_the_one_that_does_not_know_its_base_is_named(cowkit: Run, ba
 @pytest.mark.usefixtures("changed")
 def test_what_makes_no_sense_is_one_line(arguments: tuple[str, ...], cowkit: Run) -> None:
     assert complaint(cowkit(*arguments))
+
+
+@pytest.mark.usefixtures("changed")
+def test_no_output_replaces_the_base_of_a_disk_that_another_process_serves(
+    cowkit: Run, serve: Serve, base: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.img"
+    other.write_bytes(base.read_bytes())
+    top = tmp_path / "top.qcow2"
+    with CowDisk(other) as disk:
+        disk.diff(top)
+    serve("disk.img")
+    for served, words in (
+        ("other.img", "it is the base of the disk other.img that process {} serves; end that first"),
+        ("top.qcow2", "the disk top.qcow2 that process {} serves stands on it, by way of its base"),
+    ):
+        server = serve(served)
+        for arguments in (
+            ("run", "disk.img", "--diff", "other.img", "--", "true"),
+            ("diff", "--base", "disk.img", "-o", "other.img"),
+            ("diff", "--base", "disk.img", "-o", "other.img", "--raw"),
+            ("diff", "--base", "disk.img", "--from", "diff.qcow2", "-o", "other.img"),
+            ("diff", "--base", "disk.img", "--stat", "--svg", "other.img"),
+            ("map", "diff.qcow2", "--svg", "other.img"),
+            ("apply", "diff.qcow2", "--to", "other.img"),
+        ):
+            assert words.format(server.pid) in complaint(cowkit(*arguments)), arguments
+            assert other.read_bytes() == base.read_bytes()
+        server.end()
+    # Nobody serves it any more
+    assert cowkit("apply", "diff.qcow2", "--to", "other.img").returncode == 0
+
+
+@pytest.mark.usefixtures("changed")
+def test_apply_writes_no_file_called_as_standard_output(cowkit: Run, tmp_path: Path) -> None:
+    said = complaint(cowkit("apply", "diff.qcow2", "--to", "-"))
+    assert "cannot be written to standard output: name a file (./- if it is to be called -)" in said
+    assert not (tmp_path / "-").exists()
+    assert cowkit("apply", "diff.qcow2", "--to", "./-").returncode == 0
+    assert (tmp_path / "-").exists()

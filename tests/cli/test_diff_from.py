@@ -169,6 +169,23 @@ def test_a_disk_that_cowkit_serves_is_kept_on_top_of_an_earlier_difference(
     assert not list(tmp_path.glob(".cowkit*"))
 
 
+def test_a_blank_disk_is_kept_on_top_of_its_earlier_difference(tmp_path: Path, serve: Serve, cowkit: Run) -> None:
+    server = serve("--size", "1M")
+    for number, source in enumerate(((), (), ("--from", "blank"), ("--from", server.uri))):
+        write(server.uri, b"boo", number << 16)
+        before = ("--base", f"d{number - 1}.qcow2") if number else ()
+        done = cowkit("diff", *before, *source, "-o", f"d{number}.qcow2", "--json")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert [each["offset"] for each in json.loads(done.stdout)["changed"]] == [number << 16]
+    assert cowkit("diff", "-o", "all.qcow2").returncode == 0
+    same(tmp_path / "d3.qcow2", tmp_path / "all.qcow2")
+    other = tmp_path / "other.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", other, "2M"], check=True)
+    assert "no server matches base other.qcow2" in complaint(cowkit("diff", "--base", "other.qcow2", "--stat"))
+    done = cowkit("diff", "--base", "other.qcow2", "--from", "blank", "--stat", "--json")  # where it is said which
+    assert (done.returncode, json.loads(done.stdout)["resized"]) == (0, True)
+
+
 @pytest.mark.parametrize("window", [(), ("--partition", "1"), ("--size", "1M")], ids=["file", "partition", "blank"])
 def test_a_disk_that_cowkit_serves_is_compared_with_another_base(
     base: Path, tmp_path: Path, serve: Serve, cowkit: Run, window: tuple[str, ...]

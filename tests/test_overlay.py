@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cowkit import CowDisk
+from cowkit import CowDisk, diff_images
 from cowkit.diff import Qcow2Image
 from cowkit.disk import FileBase
 from cowkit.errors import CheckpointError, CowkitError, ImageError, OverlayFullError, UsageError, WrongBaseError
@@ -167,6 +167,41 @@ def test_the_disk_is_as_large_as_the_difference_or_larger(
     with CowDisk(base, overlay=tmp_path / "diff.qcow2", **then) as disk:
         assert disk.size == size
         assert whole(disk) == changed.ljust(size, b"\0")
+
+
+def test_an_increment_of_a_larger_disk_stands_on_the_difference_that_it_began_with(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base.img", 8 * MIB, {7 * MIB: noise(MIB, 1)})
+    first, second, third = (tmp_path / f"d{number}.qcow2" for number in (1, 2, 3))
+    with CowDisk(base) as disk:
+        disk.pwrite(noise(65_536, 2), MIB)
+        disk.diff(first)
+    with CowDisk(base, size="16M", overlay=first) as disk:
+        assert disk.dirty_bytes == 65_536  # and not the room that was added
+        disk.pwrite(noise(65_536, 3), 12 * MIB)
+        report = disk.diff(second, since="overlay", backing_file=first)
+        assert (report.changed_bytes, report.size, report.base_size, report.resized) == (
+            65_536,
+            16 * MIB,
+            8 * MIB,
+            True,
+        )
+        expected = whole(disk)
+        disk.checkpoint("later")
+        with pytest.raises(UsageError, match="it has 8388608 bytes, not 16777216"):
+            disk.diff(third, since="later", backing_file=first)  # which has not what is written beyond its end
+    with CowDisk(base, overlay=second) as disk:
+        assert (disk.dirty_bytes, whole(disk)) == (2 * 65_536, expected)
+    with CowDisk(base, size="16M", overlay=second) as disk:
+        disk.diff(third)
+    assert content(third, base) == expected
+
+
+def test_what_a_smaller_disk_cut_off_stays_away_from_a_larger_one(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base.img", 8 * MIB, {5 * MIB: noise(MIB, 1)})
+    smaller = make_base(tmp_path / "smaller.img", 4 * MIB, {})
+    diff_images(smaller, base, tmp_path / "d.qcow2")
+    with CowDisk(base, size="16M", overlay=tmp_path / "d.qcow2") as disk:
+        assert (disk.dirty_bytes, whole(disk)) == (MIB, bytes(16 * MIB))
 
 
 def test_a_size_below_the_difference_is_refused(base: Path, tmp_path: Path) -> None:

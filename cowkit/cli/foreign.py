@@ -156,7 +156,10 @@ def _is_disk(path: str) -> bool:
 
 
 def _server_below(arguments: argparse.Namespace, servers: list[ServerInfo]) -> ServerInfo | None:
-    """The one running server that is meant, if ``--base`` is no base of its but an image that stands on it."""
+    """The one running server that is meant, if ``--base`` is no base of its but an image that stands on it.
+
+    Of a blank disk, it is one that stands alone in the end, and has as many bytes unless ``--from`` names the server.
+    """
     base: str | None = arguments.base
     if base is None or arguments.since is not None or not _is_disk(base):
         return None
@@ -166,8 +169,33 @@ def _server_below(arguments: argparse.Namespace, servers: list[ServerInfo]) -> S
     from cowkit.diff.qcow2.header import backing_chain
 
     below = backing_chain(os.path.abspath(base))
-    found = of_one_disk([server for server in servers if any(serves(server, each) for each in below)])
+    found = [server for server in servers if any(serves(server, each) for each in below)]
+    if not found and (size := _size_alone(base, below)) is not None:  # the difference of a blank disk names no base
+        blank = [server for server in servers if server.base is None]
+        found = (
+            blank if arguments.source is not None else [each for each in blank if -(-each.size // 512) * 512 == size]
+        )
+    found = of_one_disk(found)
     return found[0] if len(found) == 1 else None
+
+
+def _size_alone(image: str, below: list[str]) -> int | None:
+    """The virtual size of ``image``, if the last of the images that it stands on, or itself, stands alone; None where not."""
+    from cowkit.diff.qcow2.header import open_image, read_head
+    from cowkit.errors import ImageError
+
+    size = None
+    try:
+        for path in (image, below[-1] if below else image):
+            fd = open_image(path)
+            try:
+                head = read_head(path, fd)
+            finally:
+                os.close(fd)
+            size = head.header.size if size is None else size
+    except ImageError:
+        return None
+    return size if head.backing_file is None else None
 
 
 def _server_of_another_base(arguments: argparse.Namespace, servers: list[ServerInfo]) -> ServerInfo | None:

@@ -25,6 +25,7 @@ from cowkit.diff.raw_writer import RawWriter
 from cowkit.diff.rbd_writer import RbdWriter
 from cowkit.diff.recorded import record
 from cowkit.diff.report import DiffReport, count_changed
+from cowkit.diff.resized import is_resized
 from cowkit.diff.scattered import settled
 from cowkit.diff.whole import Whole
 from cowkit.disk.view_base import ViewBase
@@ -97,6 +98,7 @@ def write_diff(
         recorded = record(view, identity) if options.kind == "qcow2" else None
         order = Order(view, shape, backing_file, backing_format, options, recorded, progress, snapshots)
         filled = engine.fill(order, output)
+        resized = is_resized(view)
         view.base.verify_path()
     tally = filled.tally
     changed_bytes, changed_extents, zeroed_bytes, zeroed_extents = count_changed(tally.changed)
@@ -122,6 +124,7 @@ def write_diff(
         base_size=None if view.base.given is None else view.base.size,
         subclusters=shape.subclusters,
         since=snapshots[0],
+        resized=resized,
     )
 
 

@@ -79,6 +79,7 @@ def _write_held(disk: Disk, chain: DiffChain) -> None:
     for extent in chain.held():
         end = min(extent.end, disk.size)
         if extent.kind is Kind.ZERO:
+            end = min(end, disk.base.size)  # beyond that there is nothing to zero
             disk.zero(max(0, end - extent.offset), min(extent.offset, end))
         elif extent.kind is Kind.DATA:
             for offset in range(extent.offset, end, _PIECE):
@@ -136,5 +137,7 @@ def _where_different(one: bytes, other: bytearray, first: int, block: int) -> It
 
 def _cut_off(disk: Disk, chain: DiffChain) -> None:
     """What the difference cut off of its base stays away."""
-    if disk.size > chain.size:
-        disk.zero(disk.size - chain.size, chain.size)
+    there = min(disk.size, disk.base.size) - chain.size
+    for extent in disk.base.extents(chain.size, there) if there > 0 else ():
+        if extent.kind is Kind.DATA:  # elsewhere it reads as zeroes anyway, and need not be dirty
+            disk.zero(extent.length, extent.offset)

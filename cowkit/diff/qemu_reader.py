@@ -33,8 +33,13 @@ class QemuReader:
         self._path = chain.path
         import_nbd(f"having QEMU read {chain.path}")
         self._images = len(chain.images)
-        self._options = ",".join(_options(chain))
-        self._server = QemuNbd(chain.path, ["--image-opts", self._options], 1)
+        self._stand_in = _stand_in(chain.base)
+        try:
+            self._options = ",".join(_options(chain, self._stand_in))
+            self._server = QemuNbd(chain.path, ["--image-opts", self._options], 1)
+        except BaseException:
+            self._close_stand_in()
+            raise
         try:
             self._client = NbdClient(
                 chain.path, lambda handle: handle.aio_connect_socket(self._server.sockets.pop().detach())
@@ -42,9 +47,11 @@ class QemuReader:
         except BaseOpenError as error:
             words = self._server.last_words() or str(error)
             self._server.stop()
+            self._close_stand_in()
             raise ImageError(f"QEMU cannot open {chain.path}: {words}") from error
         except BaseException:
             self._server.stop()
+            self._close_stand_in()
             raise
         self.size = self._client.size
         """The virtual size in bytes."""
@@ -61,6 +68,12 @@ class QemuReader:
         """End the program."""
         self._client.close()
         self._server.stop()
+        self._close_stand_in()
+
+    def _close_stand_in(self) -> None:
+        if self._stand_in is not None:
+            os.close(self._stand_in)
+            self._stand_in = None
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer`` from ``offset`` on.
@@ -89,22 +102,33 @@ class QemuReader:
         )
 
 
-def _options(chain: DiffChain) -> Iterator[str]:
-    """QEMU's options for the whole chain."""
+def _stand_in(base: Base | None) -> int | None:
+    """A file of zeroes for a base that QEMU cannot open: only what the images hold is compared, and of the base nothing is."""
+    if base is None or base.backing_refusal is None:
+        return None
+    fd = os.memfd_create("cowkit-verify")
+    os.ftruncate(fd, base.size)
+    return fd
+
+
+def _options(chain: DiffChain, stand_in: int | None) -> Iterator[str]:
+    """QEMU's options for the whole chain; the descriptor is of a file to be read in the base's place."""
     prefix = ""
     for image in chain.images:
         yield f"{prefix}driver=qcow2"
         yield f"{prefix}file.driver=file"
         yield f"{prefix}file.filename={_escaped(os.path.abspath(image.path))}"
         prefix += "backing."
-    if chain.base is not None:
+    if stand_in is not None:
+        yield f"{prefix}driver=raw"
+        yield f"{prefix}file.driver=file"
+        yield f"{prefix}file.filename=/proc/{os.getpid()}/fd/{stand_in}"
+    elif chain.base is not None:
         for option in _base_options(chain.base, chain.images[-1].backing_file):
             yield f"{prefix}{option}"
 
 
 def _base_options(base: Base, name: str | None) -> Iterator[str]:
-    if base.backing_refusal is not None:
-        raise UsageError(f"QEMU cannot read the base as cowkit does: {base.backing_refusal}")
     assert base.given is not None
     if base.path is None:
         yield "driver=raw"  # of what the image names: that it could be elsewhere, qemu-nbd has no options for

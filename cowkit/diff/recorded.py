@@ -93,17 +93,22 @@ def exact_size(base: Base) -> int:
 
     :raises BaseError: ``base`` cannot be read.
     """
-    if base.backing_refusal is not None or base.path is None or base.backing_format != "qcow2":
-        return base.size
-    try:
-        with Qcow2Image(base.path) as image:
-            disk = Recorded.of_image(image).disk
-    except ImageError:  # QEMU reads it, whatever it is
-        return base.size
+    disk = recorded_size(base)
     if disk is None or disk == base.size or image_size(disk) != base.size:
         return base.size
     cut = base.pread(base.size - disk, disk)  # something there was written by others, who know of sectors alone
     return base.size if cut.strip(b"\0") else disk
+
+
+def recorded_size(base: Base) -> int | None:
+    """The size in bytes that the image ``base`` records as its disk's; None where it is no image that does."""
+    if base.backing_refusal is not None or base.path is None or base.backing_format != "qcow2":
+        return None
+    try:
+        with Qcow2Image(base.path) as image:
+            return Recorded.of_image(image).disk
+    except ImageError:  # QEMU reads it, whatever it is
+        return None
 
 
 def record(view: View, identity: BaseIdentity | None) -> Recorded | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
-from cowkit.diff.report_parts import extents_to_json, is_resized, resize_note
+from cowkit.diff.report_parts import extents_to_json, resize_note
 from cowkit.disk.extent import Extent, Kind
 from cowkit.disk.sizes import format_size
 
@@ -62,16 +62,13 @@ class DiffReport(NamedTuple):
     """Whether the image's clusters are divided by 32: QEMU before 5.2 cannot read it then."""
     since: str | None = None
     """The checkpoint that is the state before: what is said here of the base is said of it. None: the base, or a blank disk."""
+    resized: bool = False
+    """Whether the disk has another size than the state before, which is a change, too: to the byte, where both are known to it."""
 
     @property
     def identical_bytes(self) -> int:
         """What is dirty and yet the same as in the state before."""
         return self.dirty_bytes - self.changed_bytes
-
-    @property
-    def resized(self) -> bool:
-        """Whether the disk has another size than the state before, which is a change, too; in sectors, as images have it."""
-        return is_resized(self.size, self.base_size)
 
     def to_json(self) -> dict[str, object]:
         """The report as JSON has it: numbers, strings, lists and dictionaries; ``schema`` is the version of its form."""

@@ -75,7 +75,7 @@ class Verification(NamedTuple):
     def summary(self) -> str:
         """A few lines for people: one for each extent that differs, and one in the end."""
         lines = [
-            f"{each.length} bytes at {each.offset} differ: cowkit reads them otherwise than "
+            f"{_differ(each.length, each.offset)} otherwise than "
             f"{'QEMU' if each.reader == 'qemu' else self.against} does"
             for each in self.disagreements
         ]
@@ -130,7 +130,8 @@ def verify_diff(
         if against is not None:
             other = open_base(against, format=against_format)
             stack.callback(other.release)
-            least = min(image_size(other.size), chain.size)
+            size, other_size = _comparable(chain, other.size)
+            least = min(size, other_size)
             known = other.extents(0, other.size) if other.size else iter(())
             where = [(a, min(b, least)) for a, b in ranges(chain.extents(), known, kinds=(Kind.DATA,)) if a < least]
         meter = _Meter(progress, sum(b - a for a, b in held) + sum(b - a for a, b in where))
@@ -143,10 +144,8 @@ def verify_diff(
         if other is not None:
             pread = padded(other.read_into, other.size)
             found += [Disagreement(at, n, "against") for at, n in differing(_held(chain), pread, where, meter)]
-            if image_size(other.size) != chain.size:
-                found.append(_sizes(image_size(other.size), chain.size, "against"))
-            elif chain.exact_size is not None and other.size not in (chain.exact_size, chain.size):
-                found.append(_sizes(other.size, chain.exact_size, "against"))
+            if other_size != size:
+                found.append(_sizes(other_size, size, "against"))
             other.verify()
         if bottom is not None:
             bottom.verify()
@@ -163,6 +162,19 @@ def verify_diff(
             disagreements=tuple(found),
             seconds=time.perf_counter() - begun,
         )
+
+
+def _comparable(chain: DiffChain, other: int) -> tuple[int, int]:
+    """The sizes of the disk and of what it is compared with, which has ``other`` bytes: in sectors, where one has no more."""
+    if chain.exact_size is None or other == chain.size:
+        return chain.size, image_size(other)
+    return chain.exact_size, other
+
+
+def _differ(count: int, offset: int) -> str:
+    if count == 1:
+        return f"1 byte at {offset} differs: cowkit reads it"
+    return f"{count} bytes at {offset} differ: cowkit reads them"
 
 
 def _sizes(one: int, other: int, reader: Against) -> Disagreement:

@@ -15,12 +15,13 @@ from cowkit.diff.answers.of_image import opened_backing
 from cowkit.diff.identity import BLOCK, sampled_digest
 from cowkit.diff.qcow2.layout import image_size
 from cowkit.diff.view import View
-from cowkit.disk import Base
+from cowkit.disk import Base, Kind
 from cowkit.disk.files import is_same_file
 from cowkit.disk.view_base import ViewBase
 from cowkit.errors import UsageError
 
 _MOST = 64
+_PIECE = 1 << 20
 
 
 def format_of_kept(path: str) -> str:
@@ -48,6 +49,9 @@ def format_of_kept(path: str) -> str:
 def check_backing_file(base: Base, path: str, format: str, kept: View | None = None) -> None:
     """See that the file at ``path``, read as ``format``, is what ``base`` is, as far as its size and some blocks tell.
 
+    A state of a disk that was kept may have had fewer bytes than the disk has now, as that of an overlay has whose disk is larger: it
+    reads as zeroes beyond them, and ``base`` gets its size then.
+
     :param kept: the view whose earlier state ``base`` is, if it is one of a disk: what was written to that before and after tells
         most.
     :raises UsageError: it is something else.
@@ -65,6 +69,10 @@ def check_backing_file(base: Base, path: str, format: str, kept: View | None = N
             return
         pread, size = backing
         reader = _Reader(pread, size)
+        if kept is not None and image_size(size) < base.size and _is_zero_from(base, image_size(size)):
+            base.size = image_size(
+                size
+            )  # it is the state before that is as large, and whoever reads it later compares with that
         if image_size(size) != image_size(base.size):
             why = f"it has {size} bytes, not {base.size}"
         elif not base.scattered_reads_are_slow and (
@@ -77,6 +85,17 @@ def check_backing_file(base: Base, path: str, format: str, kept: View | None = N
     if found is not None and found != format:
         why += f"; it begins like a {found} file and was read as {format} (--backing-format names another)"
     raise UsageError(f"backing file {path} is not what the difference stands on, which is {base.given}: {why}")
+
+
+def _is_zero_from(base: Base, offset: int) -> bool:
+    """Whether ``base`` is what a file that ends at ``offset`` reads as below an image that is larger."""
+    for extent in base.extents(offset, base.size - offset):
+        if extent.kind is not Kind.DATA:
+            continue
+        for start in range(extent.offset, extent.end, _PIECE):
+            if base.pread(min(_PIECE, extent.end - start), start).strip(b"\0"):
+                return False
+    return True
 
 
 def _differ(reader: _Reader, base: Base, kept: View) -> bool:

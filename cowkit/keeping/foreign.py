@@ -12,6 +12,7 @@ from cowkit.bases.nbd_client import ALLOCATION_DEPTH
 from cowkit.bases.opening import is_uri, open_base
 from cowkit.diff import DiffReport, ImageChoice, ImageOptions, write_diff
 from cowkit.diff.foreign import ForeignView, as_source
+from cowkit.diff.recorded import exact_size
 from cowkit.disk import Base
 from cowkit.disk.arguments import check_text
 from cowkit.errors import BaseError, UsageError
@@ -149,6 +150,9 @@ def _compared(
         base.release()
         raise
     try:
+        for source in (now, base):
+            if isinstance(source, ImageBase):
+                source.size = exact_size(source)
         suspects = told_by_layers(now, base) if context is None else told_by(now, base, context)
     except BaseException:
         now.release()

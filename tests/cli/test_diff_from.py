@@ -40,7 +40,7 @@ def test_the_export_of_another_server_is_kept(base: Path, tmp_path: Path, cowkit
 
 def test_another_size_is_a_change(base: Path, tmp_path: Path, serve: Serve, cowkit: Run) -> None:
     size = base.stat().st_size
-    smaller, sector = tmp_path / "smaller.img", tmp_path / "sector.img"
+    smaller = tmp_path / "smaller.img"
     smaller.write_bytes(base.read_bytes()[:-4096])
     ask = ("diff", "--base", base, "--exit-code")
     done = cowkit(*ask, "--from", smaller, "--stat")
@@ -49,16 +49,37 @@ def test_another_size_is_a_change(base: Path, tmp_path: Path, serve: Serve, cowk
     assert done.stdout.splitlines()[-1] == line
     done = cowkit(*ask, "--from", smaller, "-o", "d.qcow2")
     assert (done.returncode, done.stdout.splitlines()[1].strip()) == (1, line)
-    sector.write_bytes(base.read_bytes().ljust(-(-size // 512) * 512, b"\0"))
-    done = cowkit(*ask, "--from", sector, "--stat", "--json")  # as large as an image of the base is
-    report = json.loads(done.stdout)
-    assert (done.returncode, report["resized"], report["base_size"]) == (0, False, size)
+    odd, sector = tmp_path / "odd.img", tmp_path / "sector.img"
+    odd.write_bytes(base.read_bytes()[: size - 100])
+    sector.write_bytes(odd.read_bytes().ljust(size, b"\0"))
+    image = tmp_path / "sector.qcow2"
+    subprocess.run(["qemu-img", "convert", "-O", "qcow2", sector, image], check=True)
+    for source, resized in ((image, False), (sector, True)):  # an image is not known to the byte, a raw file is
+        done = cowkit("diff", "--base", odd, "--exit-code", "--from", source, "--stat", "--json")
+        report = json.loads(done.stdout)
+        assert (done.returncode, report["resized"], report["base_size"]) == (resized, resized, size - 100)
     serve(base, "--size", str(size + 5000))
     done = cowkit(*ask, "--stat", "--json")
     report = json.loads(done.stdout)
     assert (done.returncode, report["changed_bytes"], report["resized"]) == (1, 0, True)
     assert (report["size"], report["base_size"]) == (size + 5000, size)
     assert "(was " in cowkit("map").stdout
+
+
+def test_a_source_that_ends_inside_the_last_sector_of_the_base_has_changed(
+    base: Path, tmp_path: Path, cowkit: Run
+) -> None:
+    noise = os.urandom(3000)
+    longer, shorter = tmp_path / "longer.img", tmp_path / "shorter.img"
+    longer.write_bytes(noise)
+    shorter.write_bytes(noise[:2999])
+    done = cowkit("diff", "--base", longer, "--from", shorter, "-o", "d.qcow2", "--exit-code", "--json")
+    assert (done.returncode, json.loads(done.stdout)["resized"]) == (1, True)
+    for now, before, status in ((shorter, longer, 1), ("d.qcow2", longer, 1), ("d.qcow2", shorter, 0)):
+        done = cowkit("diff", "--base", before, "--from", now, "--stat", "--exit-code", "--json")
+        assert (done.returncode, json.loads(done.stdout)["resized"]) == (status, bool(status)), (now, before)
+    done = cowkit("verify", "d.qcow2", "--base", longer, "--against", longer)
+    assert done.stdout.splitlines()[:-1] == [f"1 byte at 2999 differs: cowkit reads it otherwise than {longer} does"]
 
 
 def test_images_are_kept_with_all_options(base: Path, tmp_path: Path, cowkit: Run) -> None:
@@ -146,6 +167,23 @@ def test_a_disk_that_cowkit_serves_is_kept_on_top_of_an_earlier_difference(
     assert (at.returncode, at.stderr) == (0, "")
     assert sorted(path.name for path in tmp_path.glob("*.qcow2")) == ["all.qcow2", "d1.qcow2", "d2.qcow2", "d3.qcow2"]
     assert not list(tmp_path.glob(".cowkit*"))
+
+
+def test_a_blank_disk_is_kept_on_top_of_its_earlier_difference(tmp_path: Path, serve: Serve, cowkit: Run) -> None:
+    server = serve("--size", "1M")
+    for number, source in enumerate(((), (), ("--from", "blank"), ("--from", server.uri))):
+        write(server.uri, b"boo", number << 16)
+        before = ("--base", f"d{number - 1}.qcow2") if number else ()
+        done = cowkit("diff", *before, *source, "-o", f"d{number}.qcow2", "--json")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert [each["offset"] for each in json.loads(done.stdout)["changed"]] == [number << 16]
+    assert cowkit("diff", "-o", "all.qcow2").returncode == 0
+    same(tmp_path / "d3.qcow2", tmp_path / "all.qcow2")
+    other = tmp_path / "other.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", other, "2M"], check=True)
+    assert "no server matches base other.qcow2" in complaint(cowkit("diff", "--base", "other.qcow2", "--stat"))
+    done = cowkit("diff", "--base", "other.qcow2", "--from", "blank", "--stat", "--json")  # where it is said which
+    assert (done.returncode, json.loads(done.stdout)["resized"]) == (0, True)
 
 
 @pytest.mark.parametrize("window", [(), ("--partition", "1"), ("--size", "1M")], ids=["file", "partition", "blank"])

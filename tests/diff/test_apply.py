@@ -177,6 +177,23 @@ def test_what_becomes_of_other_differences_is_told_as_it_is(tmp_path: Path) -> N
         apply_in_place(tmp_path / "nothing.qcow2")
 
 
+def test_a_base_that_grew_by_less_than_a_sector_is_not_called_the_base_that_it_was(tmp_path: Path) -> None:
+    base = tmp_path / "base.img"
+    base.write_bytes(noise(2000, 1))
+    with CowDisk(base) as disk:
+        disk.pwrite(b"x", 0)
+        disk.diff(tmp_path / "old.qcow2")
+    with CowDisk(base, size=2040) as disk:
+        disk.diff(tmp_path / "grown.qcow2")
+    report = apply_in_place(tmp_path / "grown.qcow2")
+    assert (report.size_before, report.size, base.stat().st_size) == (2000, 2040, 2040)
+    assert "the base that it was" not in report.summary()
+    assert "nothing but its size has changed, from 2000 to 2040 bytes" in report.summary()
+    assert report.others == "fit"
+    apply_to(tmp_path / "old.qcow2", tmp_path / "out.img")  # which it does
+    assert (tmp_path / "out.img").read_bytes() == b"x" + noise(2000, 1)[1:]
+
+
 def test_a_base_that_was_written_to_is_blamed_and_not_what_stands_on_it(base: Path, tmp_path: Path) -> None:
     with CowDisk(base) as disk:
         disk.pwrite(b"one", 0)

@@ -259,14 +259,27 @@ def test_without_qemu_it_says_how_to_get_it(diff: Path, monkeypatch: pytest.Monk
         verify_diff(diff)
 
 
-def test_a_compressed_base_cannot_be_read_by_qemu(base: Path, tmp_path: Path) -> None:
+def test_on_a_compressed_base_what_the_images_hold_is_compared(base: Path, tmp_path: Path) -> None:
     run("gzip", "-k", base)
     with CowDisk(base.with_name("base.img.gz")) as disk:
         disk.pwrite(b"changed", 0)
         disk.diff(tmp_path / "diff.qcow2", backing_file="base.img", hash="full")
     assert agreed(verify_diff(tmp_path / "diff.qcow2", full=True))
-    with pytest.raises(UsageError, match="QEMU cannot read the base as cowkit does"):
-        verify_diff(tmp_path / "diff.qcow2", base=base.with_name("base.img.gz"))
+    with CowDisk(base, overlay=tmp_path / "diff.qcow2") as disk:
+        disk.zero(8192, 4096)
+        disk.diff(tmp_path / "next.qcow2", since="overlay", backing_file="diff.qcow2")
+    compressed = base.with_name("base.img.gz")
+    for name in ("diff.qcow2", "next.qcow2"):
+        found = verify_diff(tmp_path / name, base=compressed)
+        assert agreed(found)
+        assert (found.base, found.compared_bytes > 0) == (str(compressed), True)
+    found = verify_diff(tmp_path / "diff.qcow2", base=compressed, against=base)
+    assert [(each.offset, each.reader) for each in found.disagreements] == [(0, "against")]
+    compressed.unlink()
+    base.write_bytes(bytes(base.stat().st_size))
+    run("gzip", "-k", base)
+    with pytest.raises(WrongBaseError):
+        verify_diff(tmp_path / "diff.qcow2", base=compressed)
 
 
 def test_progress_is_told_up_to_the_end(diff: Path) -> None:

@@ -13,6 +13,7 @@ from cowkit.diff.answers.report import ChangesReport, PartitionChanges
 from cowkit.diff.answers.states import Now, Partitions, partitions_of
 from cowkit.diff.changed import Changes
 from cowkit.diff.options import ImageOptions
+from cowkit.diff.resized import is_resized
 from cowkit.disk.extent import Extent, Kind
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def answered(
         base=view.base.given,
         size=view.size,
         block_size=view.block_size,
-    )._replace(base_size=None if view.base.given is None else view.base.size)
+    )._replace(base_size=None if view.base.given is None else view.base.size, resized=is_resized(view))
     if files:
         from cowkit.diff.answers.files import changed_files
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, Self
 from cowkit.diff.answers.amounts import Amounts
 from cowkit.diff.answers.file_change import FileSystemChanges
 from cowkit.diff.answers.image_size import Estimate
-from cowkit.diff.report_parts import extents_to_json, is_resized
+from cowkit.diff.report_parts import extents_to_json
 from cowkit.disk.extent import Extent, Kind
 
 TableState = Literal["none", "same", "changed", "added", "removed", "damaged"]
@@ -69,11 +69,8 @@ class ChangesReport(NamedTuple):
     """Which files changed; None unless asked for."""
     base_size: int | None = None
     """Of the earlier state; None for a blank disk, and where it is not known."""
-
-    @property
-    def resized(self) -> bool:
-        """Whether the disk has another size than the earlier state, which is a change, too; in sectors, as images have it."""
-        return is_resized(self.size, self.base_size)
+    resized: bool = False
+    """Whether the disk has another size than the earlier state, which is a change, too: to the byte, where both are known to it."""
 
     def to_json(self) -> dict[str, object]:
         """The report as JSON has it; ``schema`` is the version of its form (``schema.json`` here describes it)."""
@@ -117,6 +114,7 @@ class ChangesReport(NamedTuple):
             estimate=None if estimate is None else Estimate.from_json(estimate),
             files=None if files is None else tuple(map(FileSystemChanges.from_json, files)),
             base_size=data["base_size"],
+            resized=data["resized"],
         )
 
 

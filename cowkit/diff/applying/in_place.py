@@ -124,6 +124,7 @@ def apply_in_place(
             seconds=time.perf_counter() - begun,
             base=target.path,
             lowest=chain.images[-1].path,
+            size_before=facts.size_before,
         )
 
 
@@ -225,6 +226,7 @@ class _Target:
             recognised=True,
             seconds=time.perf_counter() - begun,
             base=self.path,
+            size_before=facts.size_before,
         )
         return report, facts
 

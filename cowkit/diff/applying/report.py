@@ -11,8 +11,9 @@ SCHEMA = 1
 
 
 Others = Literal["fit", "refused", "unnoticed"]
-"""What becomes of other differences to a base that was written to: they fit as before, since nothing was to be written; they
-are refused; or only those are that were written with ``hash="full"``, since no block that is sampled has changed."""
+"""What becomes of other differences to a base that was written to: they fit as before, since nothing was to be written (or but
+zeroes behind its end, of less than a sector); they are refused; or only those are that were written with ``hash="full"``, since no
+block that is sampled has changed."""
 
 
 class ApplyReport(NamedTuple):
@@ -41,6 +42,8 @@ class ApplyReport(NamedTuple):
 
     lowest: str | None = None
     """The image that stands on the base: the difference, or the lowest of those that it stands on; None where it is not known."""
+    size_before: int | None = None
+    """In place: the size of the base before; None where it is not known."""
 
     def to_json(self) -> dict[str, object]:
         """The same as JSON has it; ``schema`` is the version of its form."""
@@ -56,10 +59,16 @@ class ApplyReport(NamedTuple):
             based = f"a copy of the base with {self.path} in it"
             alone = f"all of the disk of {self.path}, which stands on no base"
             return f"{self.target}: {alone if self.base is None else based}, {held}, {format_size(self.size)} in all"
+        same = "nothing was to be written: it is the base that it was"
+        if self.size_before not in (None, self.size):
+            same = (
+                f"nothing but its size has changed, from {self.size_before} to {self.size} bytes, which are as many sectors: "
+                "differences to it as it was fit it as before"
+            )
         return (
             f"{self.target}: {self.path} is in it now, {held}"
             + {
-                "fit": "\n  nothing was to be written: it is the base that it was",
+                "fit": f"\n  {same}",
                 "refused": "\n  it is another base now: differences to it as it was are refused from now on",
                 "unnoticed": "\n  it is another base now, and no block that is sampled tells it from the old one: differences to it as it "
                 "was do not fit it any more, but only those that were written with --hash full are refused",

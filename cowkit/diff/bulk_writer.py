@@ -99,10 +99,8 @@ class BulkWriter:
             self._jobs.put(None)
             try:
                 self._thread.join()
-            except (
-                RuntimeError
-            ):  # ctrl-C came while it was being started: if it is there, it finds that nothing is to be done
-                pass
+            except RuntimeError:
+                pass  # ctrl-C came while it was being started: if it is there, it finds that nothing is to be done
             self._thread = None
         if self._direct_fd >= 0:
             os.close(self._direct_fd)

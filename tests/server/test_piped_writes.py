@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cowkit.disk import ZeroBase
+from cowkit.disk import Disk, ZeroBase
 from cowkit.disk.layer import Layer
 from cowkit.disk.overlay import Overlay
 from cowkit.disk.piped import Piped
@@ -183,15 +183,19 @@ def test_without_room_a_piped_write_is_enospc_and_the_old_bytes_stand(
     assert len(piped) == 8
 
 
+def leave_a_spare_layer(disk: Disk) -> None:
+    """One that can be given back, to have room."""
+    point = disk.checkpoint()
+    disk.pwrite(b"spare" * 1000, 0)
+    disk.rollback(point)
+
+
 def test_a_payload_that_was_written_in_part_is_whole_once_there_is_room(
     server: NbdServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = random.Random(6).randbytes(2 * LONG)
-    disk = server.disk
     with warmed_up(server) as client:
-        point = disk.checkpoint()
-        disk.pwrite(b"spare" * 1000, 0)
-        disk.rollback(point)  # leaves a layer that can be given back
+        leave_a_spare_layer(server.disk)
         client.write(b"w" * LONG, SIZE - LONG)
 
         tried = []
@@ -211,11 +215,8 @@ def test_a_payload_that_a_file_system_took_in_part_but_not_from_a_pipe_is_whole_
     server: NbdServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = random.Random(7).randbytes(2 * LONG)
-    disk = server.disk
     with warmed_up(server) as client:
-        point = disk.checkpoint()
-        disk.pwrite(b"spare" * 1000, 0)
-        disk.rollback(point)  # leaves a layer that can be given back
+        leave_a_spare_layer(server.disk)
         client.write(b"w" * LONG, SIZE - LONG)
 
         write = Layer.write

@@ -70,8 +70,7 @@ class SubclusterWriter(Qcow2Writer):
             bits |= mask << SUBCLUSTERS
         else:
             if not descriptor:
-                descriptor = self._end | COPIED
-                self._end += size
+                descriptor = self.allocate(size) | COPIED
             bits |= mask
         EXTENDED_ENTRY.pack_into(self._l2, at, descriptor, bits)
         return int(descriptor & ~COPIED) + start

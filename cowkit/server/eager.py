@@ -8,6 +8,8 @@ That costs processor time, so it is done only where it pays:
 - not before a few waits were short, and no more for a good while after looks in vain;
 - not beside a thread that computes: then each look has to wait for the interpreter;
 - not where there is but one processor, which the client needs.
+
+``COWKIT_EAGER=0`` in the environment lets each wait be slept. What the client does meanwhile is for :mod:`cowkit.server.awake`.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ import os
 from collections.abc import Callable, Sequence
 from time import perf_counter_ns
 from typing import Any
+
+from cowkit.server.awake import Awake
 
 _LOOK_NS = 200_000
 """How long to look: a client on a virtual machine takes 20 to 150 microseconds from a reply to its next request."""
@@ -32,29 +36,43 @@ _VAIN_COSTS = 8
 _LOST = -16
 """How much is left when it is used up."""
 _STARVED = -1000
-_ONE_PROCESSOR = -(1 << 62)
+_NEVER = -(1 << 62)
+
+_AWAKE_MS = 5
+"""How long the client's processor is kept awake for a client that takes longer than a look."""
 
 Events = Sequence[Any]
 """What ``poll`` of ``select``'s objects returns."""
 
 
 class EagerWait:
-    """Waits by ``poll``, which takes a timeout: 0, or None for none. For one thread at a time."""
+    """Waits by ``poll``, which takes a timeout: 0, or None for none. For one thread at a time.
 
-    def __init__(self, poll: Callable[[int | None], Events]) -> None:
+    :param awake: what keeps the client's processor awake; ``poll`` takes milliseconds then.
+    """
+
+    def __init__(self, poll: Callable[[int | None], Events], awake: Awake | None = None) -> None:
         self._poll = poll
-        self._trust = 0 if len(os.sched_getaffinity(0)) > 1 else _ONE_PROCESSOR
+        self._awake = awake
+        may = len(os.sched_getaffinity(0)) > 1 and os.environ.get("COWKIT_EAGER", "") != "0"
+        self._trust = 0 if may else _NEVER
 
     def __call__(self) -> Events:
         """The next events, when there are any."""
-        poll = self._poll
         begun = perf_counter_ns()
-        if self._trust <= 0:
-            events = poll(None)
-            if perf_counter_ns() - begun <= _SHORT_NS:
-                self._trust += 1
-            return events
-        until = begun + _LOOK_NS
+        looked = self._trust > 0
+        events = self._look(begun) if looked else ()
+        if not events:
+            events = self._sleep()
+        now = perf_counter_ns()
+        if not looked and now - begun <= _SHORT_NS:
+            self._trust += 1
+        if self._awake is not None:
+            self._awake.waited(now - begun, now)
+        return events
+
+    def _look(self, begun: int) -> Events:
+        poll, until = self._poll, begun + _LOOK_NS
         while True:
             if events := poll(0):
                 if self._trust < _MOST:
@@ -69,4 +87,11 @@ class EagerWait:
             self._trust -= _VAIN_COSTS
             if self._trust <= 0:
                 self._trust = _LOST
-        return poll(None)
+        return ()
+
+    def _sleep(self) -> Events:
+        if self._awake is not None and self._awake.running:
+            if events := self._poll(_AWAKE_MS):
+                return events
+            self._awake.stop()
+        return self._poll(None)

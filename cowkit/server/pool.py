@@ -23,6 +23,7 @@ from collections.abc import Generator
 from enum import Enum
 from time import perf_counter_ns
 
+from cowkit.server.awake import Awake
 from cowkit.server.channel import Channel
 from cowkit.server.eager import EagerWait
 
@@ -166,18 +167,25 @@ def drive(steps: Steps, channel: Channel, *, may_join: bool) -> None:
         return
     ready = select.poll()
     ready.register(channel, select.POLLIN)
-    wait = EagerWait(ready.poll)
+    awake = Awake(channel)
+    wait = EagerWait(ready.poll, awake)
     member = Member(channel, steps)
     may_join = may_join and _INTERPRETER_IS_SHARED
-    for need in steps:
-        if need is Need.THREAD:
-            continue
-        if may_join and _pool.is_crowded(member):
-            _pool.join(member)
-            if member.error is not None:
-                raise member.error
-            if member.ended:
-                return
-            continue
-        if need is Need.SOON:
-            wait()
+    try:
+        for need in steps:
+            if need is Need.THREAD:
+                continue
+            if may_join and _pool.is_crowded(member):
+                awake.stop()
+                _pool.join(member)
+                if member.error is not None:
+                    raise member.error
+                if member.ended:
+                    return
+                continue
+            if need is Need.SOON:
+                wait()
+            elif awake.running:
+                awake.stop()  # a client with many requests under way does not sleep
+    finally:
+        awake.stop()

@@ -1,0 +1,202 @@
+"""Keeping a client's processor from halting while the client and the server answer each other.
+
+A client that sends one request at a time sleeps until the reply is there, and its processor, with nothing else to do, halts. On a
+virtual machine it is the host that has to wake it: 30 to 150 microseconds for each reply, where the request itself takes 10. So
+meanwhile a process that only counts runs there, in the class (SCHED_IDLE) that every other process goes before at once: 4 KiB random
+reads at depth 1 gain half, writes are twice as fast and more (Linux 6.18, two processors of a busy host).
+
+What it takes is a processor that nobody wanted, so it is done only where that pays, and by :mod:`cowkit.server.eager` only while
+requests keep coming:
+
+- after a trial: it goes on if the client's next request comes clearly sooner than without;
+- not where processor time is rationed (cgroup quotas): the tests need theirs;
+- not in other people's processes, who might meet a child that they do not know of: see :func:`allow`.
+
+The process holds nothing of ours, so it may be kept from running as long as the system likes; and it ends by itself after a second
+of counting, whatever becomes of us.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import struct
+import threading
+from time import perf_counter_ns
+
+_SHELL = "/bin/sh"
+_COUNT = "ulimit -t 1; while :; do :; done"
+_LONG_NS = 5_000_000
+"""A wait as long as this was no wait for an answer."""
+_RENEW_NS = 900_000_000
+"""Before the second is over that ``_COUNT`` has."""
+
+_SAMPLES = 128
+"""Waits that a judgement is made of: at depth 1 some 10 milliseconds, so that starting a process, 1 ms, is little beside it."""
+_WORTH = _SAMPLES * 10_000
+"""From how many nanoseconds on there may be something to gain from so many waits."""
+_SETTLING = 16
+"""Waits that are not looked at after the start."""
+_GAIN = 0.8
+"""The trial is passed if the waits take at most so much of what they took."""
+_REST_NS = 100_000_000
+"""From a failed trial to the next; twice as long each time."""
+
+_allowed = False
+_one = threading.Lock()
+"""One counting process for all of ours."""
+
+
+def allow(*, yes: bool = True) -> None:
+    """This process is the server's own: a child that nobody expects does no harm in it. ``COWKIT_EAGER=0`` forbids it anyway."""
+    global _allowed  # noqa: PLW0603  # a process is its own or is not
+    _allowed = yes and os.environ.get("COWKIT_EAGER", "") != "0"
+
+
+class Awake:
+    """Keeps the processor of the client at the other end of ``sock`` awake, when that pays. For one thread."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._child: int | None = None
+        self._started = 0
+        self._waits = 0
+        self._waited = 0
+        self._without = 0
+        """What ``_SAMPLES`` waits took without the process."""
+        self._settling = 0
+        self._passed = False
+        self._rest = _REST_NS
+        self._not_before = 0
+
+    def waited(self, nanoseconds: int, now: int) -> None:
+        """The client's next request came after so long, at ``now`` of the clock of :func:`time.perf_counter_ns`."""
+        if nanoseconds > _LONG_NS:
+            self.stop()
+            return
+        if self._child is not None and now - self._started > _RENEW_NS:
+            self._renew()
+        if self._passed and self._child is not None:
+            return
+        if self._settling:
+            self._settling -= 1
+            return
+        self._waits += 1
+        self._waited += nanoseconds
+        if self._waits < _SAMPLES:
+            return
+        waited = self._waited
+        self._waits = self._waited = 0
+        if self._child is None:
+            if _allowed and waited > _WORTH and now >= self._not_before:
+                self._begin(waited, now)
+        elif waited <= _GAIN * self._without:
+            self._passed = True
+            self._rest = _REST_NS
+        else:
+            self.stop()
+            self._leave_it(now)
+
+    @property
+    def running(self) -> bool:
+        """Whether the process runs for this client."""
+        return self._child is not None
+
+    def stop(self) -> None:
+        """The client takes its time, or has gone: let the processor halt."""
+        self._waits = self._waited = self._settling = 0
+        self._passed = False
+        if self._child is not None:
+            _end(self._child)
+            self._child = None
+            _one.release()
+
+    def _begin(self, without: int, now: int) -> None:
+        if not _one.acquire(blocking=False):
+            return
+        self._without = without
+        self._settling = _SETTLING
+        self._child = None if _is_rationed() else self._spawn()
+        if self._child is None:
+            _one.release()
+            self._leave_it(now)
+
+    def _leave_it(self, now: int) -> None:
+        self._not_before = now + self._rest
+        self._rest *= 2
+
+    def _renew(self) -> None:
+        old, self._child = self._child, self._spawn()
+        if old is not None:
+            _end(old)
+        if self._child is None:
+            _one.release()
+
+    def _spawn(self) -> int | None:
+        where: set[int] = set()
+        if len(os.sched_getaffinity(0)) > 2:  # with two, it finds the one that we are not on
+            processor = _processor(self._sock)
+            if processor is None:
+                return None
+            where = {processor}
+        nothing = [(os.POSIX_SPAWN_OPEN, fd, "/dev/null", os.O_RDWR, 0) for fd in range(3)]
+        try:
+            child = os.posix_spawn(_SHELL, ["sh", "-c", _COUNT], {}, file_actions=nothing, setsigmask=[])
+        except OSError:
+            return None
+        try:
+            os.sched_setscheduler(child, os.SCHED_IDLE, os.sched_param(0))
+            if where:
+                os.sched_setaffinity(child, where)
+        except OSError:
+            _end(child)
+            return None
+        self._started = perf_counter_ns()
+        return child
+
+
+def _end(child: int) -> None:
+    try:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    except (ProcessLookupError, ChildProcessError):
+        pass
+
+
+def _processor(sock: socket.socket) -> int | None:
+    """Where the client ran last; None if that cannot be known."""
+    try:
+        if sock.family != socket.AF_UNIX:
+            return sock.getsockopt(socket.SOL_SOCKET, socket.SO_INCOMING_CPU)
+        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        peer, _, _ = struct.unpack("3i", credentials)
+        with open(f"/proc/{peer}/stat") as file:
+            return int(file.read().rpartition(")")[2].split()[36])  # proc_pid_stat(5): processor, field 39
+    except (OSError, AttributeError, ValueError, IndexError):
+        return None
+
+
+def _is_rationed() -> bool:
+    """Whether a cgroup that this process is in has a quota of processor time."""
+    try:
+        with open("/proc/self/cgroup") as file:
+            groups = [line.rstrip("\n").split(":", 2) for line in file]
+    except OSError:
+        return True
+    for _, controllers, path in groups:
+        version_1 = "cpu" in controllers.split(",")
+        if controllers and not version_1:
+            continue
+        root, name = ("/sys/fs/cgroup/cpu", "cpu.cfs_quota_us") if version_1 else ("/sys/fs/cgroup", "cpu.max")
+        while True:
+            try:
+                with open(os.path.join(root + path.rstrip("/"), name)) as file:
+                    if file.read().split()[0] not in ("max", "-1"):
+                        return True
+            except (OSError, IndexError):
+                pass  # the controller is not on here, or the folder is not mounted
+            if path in ("/", ""):
+                break
+            path = os.path.dirname(path)
+    return False

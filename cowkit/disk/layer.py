@@ -32,6 +32,10 @@ written by 1 MiB, and 1.8 in what was written by 4 KiB. Fresh writes by 256 KiB 
 """
 
 
+_PIPED_PIECE = 128 << 10
+"""Bytes written at once from a pipe: after each, the pipe takes more from the client, whose socket holds but 208 KiB."""
+
+
 class Layer(Counted):
     """A sparse unnamed file of ``size`` bytes in ``directory``.
 
@@ -122,17 +126,17 @@ class Layer(Counted):
                 offset += len(piece)
 
     def write_piped(self, piped: Piped, length: int, offset: int) -> None:
-        """:meth:`write` of the first ``length`` bytes of those in a pipe.
+        """:meth:`write` of the next ``length`` bytes of the payload in a pipe.
 
         :raises OverlayFullError: no space; some of the bytes may have been written, and are no longer in the pipe.
         """
         while length:
             try:
-                count = piped.to_file(self.fd, length, offset)
+                count = piped.to_file(self.fd, min(length, _PIPED_PIECE), offset)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise self.failed("write", error) from error
-                rest = piped.take_all()  # a file system that takes nothing from pipes (splice(2))
+                rest = piped.take_payload()  # a file system that takes nothing from pipes (splice(2))
                 try:
                     self.write([rest], offset)
                 except (OverlayFullError, OverlayError):
@@ -143,7 +147,7 @@ class Layer(Counted):
             offset += count
 
     def write_fresh_piped(self, piped: Piped, offset: int) -> None:
-        """:meth:`write_fresh` of all that is in a pipe."""
+        """:meth:`write_fresh` of the payload in a pipe."""
         if piped.left > _FRESH_PIECE:
             self._room.find(self.fd, offset, piped.left)
         while piped.left:

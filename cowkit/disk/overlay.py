@@ -160,7 +160,7 @@ class Overlay:
         self._change(first, last, lambda: self._write_claimed([(data, offset)]))
 
     def write_piped(self, piped: Piped, offset: int) -> None:
-        """:meth:`write` of all that is in a pipe. Where it fails, some of it may still be there.
+        """:meth:`write` of the payload in a pipe. Where it fails, some of it may still be there.
 
         :raises OverlayFullError: no room; all the old bytes stand.
         """
@@ -188,7 +188,7 @@ class Overlay:
                 self.map.set(first, last, self.top)
                 return
             if data is None:
-                data = piped.take_all()
+                data = piped.take_payload()
             self._write_claimed([(data, offset)])
 
         self._change(first, last, work)

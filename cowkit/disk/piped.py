@@ -14,15 +14,22 @@ _SIZE = 512 << 10
 over TCP on the loopback interface. An unprivileged user may have 64 MiB of pipes in all before new ones are made small (pipe(7))."""
 
 
+_AHEAD = 1 << 20
+"""How many bytes may wait in it, unless one payload is longer."""
+
+
 class Piped:
-    """A pipe for the payload of one write at a time. For one thread at a time; :meth:`close` it.
+    """A pipe for the payload of one write at a time, and for what the socket brings behind it. For one thread at a time.
 
     :raises OSError: there are no descriptors left, or no pipes of that size.
     """
 
     def __init__(self) -> None:
-        self.left = 0
+        self.held = 0
         """How many bytes are in it."""
+        self.left = 0
+        """How many bytes of the payload are still to be taken."""
+        self._more_from = -1
         self._given_back = memoryview(b"")
         self._source, self._target = os.pipe()
         try:
@@ -31,44 +38,57 @@ class Piped:
             self.close()
             raise
 
-    def receive(self, fd: int, most: int) -> int:
-        """Take up to ``most`` bytes from the socket ``fd``; how many that were, 0 at the socket's end.
+    def begin(self, length: int) -> None:
+        """A payload of ``length`` bytes is next, of which the first may be here already."""
+        self.left = length
 
+    def receive(self, fd: int, *, ahead: bool) -> int:
+        """Take from the socket ``fd`` what there is of the payload; how many bytes that were, 0 at the socket's end.
+
+        :param ahead: take what is behind the payload, too, now and while the payload is written: the client need not wait for that.
         :raises BlockingIOError: the socket has nothing, or the pipe is full.
         :raises OSError: the socket failed, or cannot do this.
         """
+        most = (max(_AHEAD, self.left) if ahead else self.left) - self.held
         count = os.splice(fd, self._target, most, flags=os.SPLICE_F_NONBLOCK)
-        self.left += count
+        self.held += count
+        self._more_from = fd if ahead else -1
         return count
 
     def to_file(self, fd: int, most: int, offset: int) -> int:
-        """Write up to ``most`` bytes to the file ``fd`` at ``offset``; how many that were.
+        """Write up to ``most`` bytes of the payload to the file ``fd`` at ``offset``; how many that were.
 
         :raises OSError: the file failed, or its file system cannot do this (EINVAL).
         """
         count = os.splice(self._source, fd, most, offset_dst=offset)
+        self.held -= count
         self.left -= count
+        if self._more_from >= 0 and self.held < _AHEAD:
+            try:
+                self.held += os.splice(self._more_from, self._target, _AHEAD - self.held, flags=os.SPLICE_F_NONBLOCK)
+            except OSError:
+                pass  # nothing has come, or what is wrong will be met when there is nothing to do but to wait
         return count
 
     def take(self, into: memoryview) -> None:
-        """Move all that is left to the beginning of ``into``, which has room for it."""
-        first, self._given_back = self._given_back, memoryview(b"")
+        """Move as much as ``into`` has room for into it: what is behind the payload, unless that is still there."""
+        first, self._given_back = self._given_back[: len(into)], self._given_back[len(into) :]
         into[: len(first)] = first
-        self.left -= len(first)
+        self.left = max(0, self.left - len(into))
         into = into[len(first) :]
-        while self.left:
-            count = os.readv(self._source, [into[: self.left]])
-            self.left -= count
+        while into:
+            count = os.readv(self._source, [into])
+            self.held -= count
             into = into[count:]
 
-    def take_all(self) -> memoryview:
-        """All that is left, in memory."""
+    def take_payload(self) -> memoryview:
+        """All that is left of the payload, in memory."""
         data = memoryview(bytearray(self.left))
         self.take(data)
         return data
 
     def give_back(self, data: memoryview) -> None:
-        """Have ``data``, which were all that was left, be that again."""
+        """Have ``data``, which were all that was left of the payload, be that again."""
         self._given_back = data
         self.left = len(data)
 

@@ -23,7 +23,7 @@ from cowkit.disk.owner_map import CHUNK_MASK, CHUNK_SHIFT
 from cowkit.errors import ProtocolError
 from cowkit.server import wire
 from cowkit.server.channel import Channel
-from cowkit.server.piped_writes import DONE, PipedWrites
+from cowkit.server.piped_writes import LONG, PipedWrites
 from cowkit.server.pool import Need, Steps, drive
 from cowkit.server.replies import Buffers, Dialect, Extended, Simple, Structured
 from cowkit.server.requests import FAILURES, MAXIMUM_PAYLOAD, RequestError, Requests
@@ -35,9 +35,6 @@ from cowkit.server.wire import (
 )
 
 _BUFFER = 2 << 20
-
-_LONG = 128 << 10
-"""Bytes of a request with its payload from which on it is received by itself."""
 
 _FEW = 4
 _DEEP = 64
@@ -72,13 +69,16 @@ class Transmission:
     ) -> None:
         self._sock = sock
         self._disk = disk
-        self._read_only = read_only
         self._dialect: Dialect = Extended() if extended else Structured() if structured else Simple()
+        self._writable = -1 if read_only else disk.size  # where the quick ways of a WRITE end
+        self._write_flags = wire.FLAG_FUA | wire.FLAG_PAYLOAD_LEN if extended else wire.FLAG_FUA
         self._requests = Requests(disk, self._dialect, dict(contexts), read_only=read_only)
         self._sender = Sender(sock, self._dialect)
         self._piped_writes: PipedWrites | None = None
         if isinstance(sock, socket.socket):
-            self._piped_writes = PipedWrites(sock, disk, self._dialect, self._requests)
+            self._piped_writes = PipedWrites(
+                sock, disk, self._dialect, self._requests, writable=self._writable, flags=self._write_flags
+            )
         # Anonymous memory takes room only where it is touched: a client that sends small requests costs a page or two.
         self._buffer = _anonymous_memory(_BUFFER)
         self._long = memoryview(b"")
@@ -113,8 +113,7 @@ class Transmission:
         write, shift, sparse_from = overlay.write, overlay.shift, overlay.look_from
         longest, data_head_size = MAXIMUM_PAYLOAD, len(data_head(0, 0, 0))
         readable = -1 if overlay.cow_on_read else size  # where the quick way of a READ ends
-        other_flags = ~(wire.FLAG_FUA | wire.FLAG_PAYLOAD_LEN if dialect.extended else wire.FLAG_FUA)
-        writable = -1 if self._read_only else size  # where the quick way of a WRITE ends
+        writable, other_flags = self._writable, ~self._write_flags
         gate, lock = self._disk.gate, gate_pass.lock
         receive_into, sendmsg = self._sock.recv_into, self._sock.sendmsg
         start, end = 0, self._received  # what was received and not dealt with
@@ -126,25 +125,13 @@ class Transmission:
         after_long = False  # whether long requests came last: then the next one's head is received by itself
         pooled: bool | None = None  # whether this is another connection's thread, which must not wait for our client
         while not ended:
-            if (
-                wanted > _LONG
-                and end == start + head
-                and start + wanted <= _BUFFER
-                and piped_writes
-                and piped_writes.usable
-            ):
-                _, flags, command, cookie, offset, length = unpack(buffer, start)
-                if command == CMD_WRITE and not flags & other_flags and offset + length <= writable:
-                    body = start + head
-                    count = yield from piped_writes.carry_out(
-                        gate_pass, cookie, offset, length, view[body : body + length]
-                    )
-                    if count == DONE:
-                        start = end = 0
-                        wanted = head
-                        after_long = True
-                        continue
-                    end += count
+            if wanted > LONG and end == start + head and piped_writes and piped_writes.usable:
+                view[:head] = view[start:end]
+                start, end = 0, head
+                if piped_writes.takes(view):
+                    end = yield from piped_writes.carry_out(gate_pass, view)
+                    wanted = head
+                    after_long = True
             while end - start < wanted <= _BUFFER:
                 if start == end:
                     start = end = 0
@@ -153,7 +140,7 @@ class Transmission:
                     start, end = 0, end - start
                 pooled = yield need
                 # Of a long payload no more than its end: what came behind it would have to be moved to make room.
-                count = receive_into(view[end : start + wanted if wanted > _LONG or after_long else _BUFFER])
+                count = receive_into(view[end : start + wanted if wanted > LONG or after_long else _BUFFER])
                 if not count:
                     return
                 end += count
@@ -227,7 +214,7 @@ class Transmission:
                     gathered += sum(map(len, out[before:]))
                     if len(out) >= _MOST_BUFFERS or gathered >= _MOST_BYTES:
                         break
-            after_long = start - begun > len(out) * _LONG and piped_writes is not None and piped_writes.usable
+            after_long = start - begun > len(out) * LONG and piped_writes is not None and piped_writes.usable
             if len(out) > _FEW:
                 deep = _DEEP
             elif deep:

@@ -274,7 +274,7 @@ def test_after_a_write_that_failed_the_next_one_has_its_own_bytes(
 def test_without_pipes_long_writes_come_by_the_buffer(
     server: NbdServer, piped: list[int], monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
-    def fail(*_: object) -> int:
+    def fail(*_: object, ahead: bool = False) -> int:
         raise OSError(errno.EMFILE if broken == "__init__" else errno.EINVAL, "not here")
 
     monkeypatch.setattr(Piped, broken, fail)

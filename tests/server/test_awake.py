@@ -644,7 +644,9 @@ def children_of(pid: int) -> list[int]:
 
 
 @pytest.fixture
-def served(idle_class: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, str]]:
+def served(
+    idle_class: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """The process of such a server, and where it is."""
     monkeypatch.delenv("COWKIT_EAGER", raising=False)
     where = str(tmp_path / "nbd")
@@ -654,7 +656,7 @@ def served(idle_class: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     ) as process:
         assert process.stdout
         assert process.stdout.readline()
-        yield process.pid, where
+        yield process, where
         process.terminate()
         process.communicate()
     assert process.returncode == 0
@@ -675,28 +677,33 @@ def counting(client: RawClient, server: int) -> int:
     return child
 
 
-def test_a_server_starts_one_process_and_none_is_left_when_the_client_goes(served: tuple[int, str]) -> None:
-    pid, where = served
+def test_a_server_starts_one_process_and_none_is_left_when_the_client_goes(
+    served: tuple[subprocess.Popen[bytes], str],
+) -> None:
+    process, where = served
     with RawClient(where).negotiate() as client:
-        child = counting(client, pid)
+        child = counting(client, process.pid)
         assert os.sched_getscheduler(child) == os.SCHED_IDLE
     until(lambda: is_gone(child))
-    assert children_of(pid) == []
+    assert children_of(process.pid) == []
 
 
-def test_no_process_is_left_when_the_server_ends(served: tuple[int, str]) -> None:
-    pid, where = served
+def test_no_process_is_left_when_the_server_ends(served: tuple[subprocess.Popen[bytes], str]) -> None:
+    process, where = served
     with RawClient(where).negotiate() as client:
-        child = counting(client, pid)
-        os.kill(pid, signal.SIGTERM)
+        child = counting(client, process.pid)
+        process.terminate()
         assert client.at_end()
+        process.wait()
     until(lambda: is_gone(child))
 
 
-def test_a_client_that_begins_to_have_many_requests_under_way_ends_it(served: tuple[int, str]) -> None:
-    pid, where = served
+def test_a_client_that_begins_to_have_many_requests_under_way_ends_it(
+    served: tuple[subprocess.Popen[bytes], str],
+) -> None:
+    process, where = served
     with RawClient(where).negotiate() as client:
-        child = counting(client, pid)
+        child = counting(client, process.pid)
 
         def many() -> bool:
             client.send(b"".join(client.request(0, 0, 512)[1] for _ in range(64)))

@@ -302,6 +302,37 @@ def test_the_end_of_the_stream_within_what_was_taken_ahead_writes_none_of_that(
     assert open_files() == before
 
 
+@every_dialect
+@pytest.mark.parametrize(
+    ("length", "part"), [(LEAST, 1), (LEAST, 10), (LEAST, LONG // 2), (3 << 20, 10), (3 << 20, LONG)]
+)
+def test_a_request_of_which_a_part_was_taken_ahead_is_carried_out_once_the_rest_has_come(
+    server: NbdServer, ahead: Ahead, dialect: DialectName, length: int, part: int
+) -> None:
+    data = random.Random(10).randbytes(length)
+    with warmed_up(server, dialect) as client:
+        first = client.request(WRITE, 0, data=b"a" * LONG)
+        second = client.request(WRITE, LONG, data=data)
+        ahead.send(client, first[1], second[1][:part])
+        assert errors(client, [first[0]]) == [0]
+        assert ahead.held == [part]
+        client.send(second[1][part:])
+        assert errors(client, [second[0]]) == [0]
+        assert client.read(LONG + length, 0) == b"a" * LONG + data
+
+
+@every_dialect
+def test_payloads_that_are_longer_than_what_is_taken_ahead_come_whole(
+    server: NbdServer, piped: list[int], dialect: DialectName
+) -> None:
+    data = random.Random(11).randbytes(1_500_000)
+    with warmed_up(server, dialect) as client:
+        for _ in range(2):
+            client.write(data, BLOCK)
+        assert client.read(len(data), BLOCK) == data
+    assert piped
+
+
 def test_a_checkpoint_comes_before_a_payload_of_which_a_part_was_taken_ahead(server: NbdServer, ahead: Ahead) -> None:
     with warmed_up(server) as client:
         first = client.request(WRITE, 0, data=b"a" * LONG)

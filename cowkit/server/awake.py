@@ -13,7 +13,8 @@ requests keep coming:
 - not in other people's processes, who might meet a child that they do not know of: see :func:`allow`.
 
 The process holds nothing of ours, so it may be kept from running as long as the system likes; and it ends by itself after a second
-of counting, whatever becomes of us.
+of counting, whatever becomes of us. Where all processors are busy it takes up to a second to die, too, once it is killed, so nobody
+waits for that but a thread.
 """
 
 from __future__ import annotations
@@ -23,10 +24,15 @@ import signal
 import socket
 import struct
 import threading
+from collections.abc import Callable
 from time import perf_counter_ns
 
+from cowkit.server.quiet_thread import QuietThread
+
 _SHELL = "/bin/sh"
-_COUNT = "ulimit -t 1; while :; do :; done"
+_MEMBERSHIPS = "/proc/self/cgroup"
+_CGROUPS = "/sys/fs/cgroup"
+_COUNT = "ulimit -t 1 && while :; do :; done"
 _LONG_NS = 5_000_000
 """A wait as long as this was no wait for an answer."""
 _RENEW_NS = 900_000_000
@@ -45,13 +51,17 @@ _REST_NS = 100_000_000
 
 _allowed = False
 _one = threading.Lock()
-"""One counting process for all of ours."""
+"""One counting process for all of ours; held until it is gone. (While one is renewed there are two.)"""
 
 
 def allow(*, yes: bool = True) -> None:
-    """This process is the server's own: a child that nobody expects does no harm in it. ``COWKIT_EAGER=0`` forbids it anyway."""
+    """This process is the server's own: a child that nobody expects does no harm in it. ``COWKIT_EAGER=0`` forbids it anyway.
+
+    So does ignoring SIGCHLD: children vanish unseen then, and their numbers may be somebody else's when they are to be killed.
+    """
     global _allowed  # noqa: PLW0603  # a process is its own or is not
-    _allowed = yes and os.environ.get("COWKIT_EAGER", "") != "0"
+    told = os.environ.get("COWKIT_EAGER", "") == "0" or signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN
+    _allowed = yes and not told
 
 
 class Awake:
@@ -76,7 +86,7 @@ class Awake:
             self.stop()
             return
         if self._child is not None and now - self._started > _RENEW_NS:
-            self._renew()
+            self._renew(now)
         if self._passed and self._child is not None:
             return
         if self._settling:
@@ -108,9 +118,8 @@ class Awake:
         self._waits = self._waited = self._settling = 0
         self._passed = False
         if self._child is not None:
-            _end(self._child)
+            _end(self._child, _one.release)
             self._child = None
-            _one.release()
 
     def _begin(self, without: int, now: int) -> None:
         if not _one.acquire(blocking=False):
@@ -126,12 +135,14 @@ class Awake:
         self._not_before = now + self._rest
         self._rest *= 2
 
-    def _renew(self) -> None:
-        old, self._child = self._child, self._spawn()
-        if old is not None:
-            _end(old)
-        if self._child is None:
-            _one.release()
+    def _renew(self, now: int) -> None:
+        new = self._spawn()
+        if new is None:
+            self.stop()
+            self._leave_it(now)
+        elif self._child is not None:
+            _end(self._child)
+        self._child = new
 
     def _spawn(self) -> int | None:
         where: set[int] = set()
@@ -156,23 +167,37 @@ class Awake:
         return child
 
 
-def _end(child: int) -> None:
+def _nothing() -> None:
+    pass
+
+
+def _end(child: int, gone: Callable[[], None] = _nothing) -> None:
+    """Kill it, and call ``gone`` when it is gone, from another thread."""
     try:
         os.kill(child, signal.SIGKILL)
+        QuietThread(target=_reap, args=(child, gone), name="cowkit-reaper", daemon=True).start()
+    except (RuntimeError, ProcessLookupError):  # no thread to be had, or no need for one
+        _reap(child, gone)
+
+
+def _reap(child: int, gone: Callable[[], None]) -> None:
+    try:
         os.waitpid(child, 0)
-    except (ProcessLookupError, ChildProcessError):
+    except ChildProcessError:
         pass
+    gone()
 
 
 def _processor(sock: socket.socket) -> int | None:
     """Where the client ran last; None if that cannot be known."""
     try:
         if sock.family != socket.AF_UNIX:
-            return sock.getsockopt(socket.SOL_SOCKET, socket.SO_INCOMING_CPU)
+            processor = sock.getsockopt(socket.SOL_SOCKET, socket.SO_INCOMING_CPU)
+            return processor if processor >= 0 else None  # -1: not this kind of socket, such as vsock
         credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
         peer, _, _ = struct.unpack("3i", credentials)
-        with open(f"/proc/{peer}/stat") as file:
-            return int(file.read().rpartition(")")[2].split()[36])  # proc_pid_stat(5): processor, field 39
+        with open(f"/proc/{peer}/stat", "rb") as file:  # the name in it may end within a character
+            return int(file.read().rpartition(b")")[2].split()[36])  # proc_pid_stat(5): processor, field 39
     except (OSError, AttributeError, ValueError, IndexError):
         return None
 
@@ -180,7 +205,7 @@ def _processor(sock: socket.socket) -> int | None:
 def _is_rationed() -> bool:
     """Whether a cgroup that this process is in has a quota of processor time."""
     try:
-        with open("/proc/self/cgroup") as file:
+        with open(_MEMBERSHIPS, errors="surrogateescape") as file:
             groups = [line.rstrip("\n").split(":", 2) for line in file]
     except OSError:
         return True
@@ -188,7 +213,7 @@ def _is_rationed() -> bool:
         version_1 = "cpu" in controllers.split(",")
         if controllers and not version_1:
             continue
-        root, name = ("/sys/fs/cgroup/cpu", "cpu.cfs_quota_us") if version_1 else ("/sys/fs/cgroup", "cpu.max")
+        root, name = (f"{_CGROUPS}/cpu", "cpu.cfs_quota_us") if version_1 else (_CGROUPS, "cpu.max")
         while True:
             try:
                 with open(os.path.join(root + path.rstrip("/"), name)) as file:

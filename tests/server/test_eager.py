@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cowkit.server import eager
+from cowkit.server.awake import Awake
 from cowkit.server.eager import EagerWait
 
 US = 1000
@@ -21,6 +22,8 @@ class Client:
         self.looks = 0
         self.sleeps = 0
         self.look_costs = LOOK_COSTS
+        self.naps: list[int] = []
+        """The timeouts, in milliseconds, of sleeps that had one."""
 
     def clock(self) -> int:
         return self.now
@@ -29,6 +32,12 @@ class Client:
         if timeout is None:
             self.sleeps += 1
             self.now = max(self.now, self.next) + 30 * US
+        elif timeout:
+            self.naps.append(timeout)
+            end = self.now + timeout * 1000 * US
+            self.now = min(end, max(self.now, self.next) + 30 * US)
+            if self.now < self.next:
+                return []
         else:
             self.looks += 1
             self.now += self.look_costs
@@ -38,8 +47,31 @@ class Client:
         return ["readable"]
 
 
+class Kept(Awake):
+    """What would keep the client's processor awake."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.waits: list[int] = []
+        self.runs = False
+        self.stops: list[int] = []
+
+    @property
+    def running(self) -> bool:
+        return self.runs
+
+    def waited(self, nanoseconds: int, now: int) -> None:
+        assert now == self.client.now
+        self.waits.append(nanoseconds)
+
+    def stop(self) -> None:
+        self.stops.append(self.client.now)
+        self.runs = False
+
+
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> Client:
+    monkeypatch.delenv("COWKIT_EAGER", raising=False)
     client = Client(20 * US)
     monkeypatch.setattr(eager, "perf_counter_ns", client.clock)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
@@ -99,3 +131,49 @@ def test_with_one_processor_it_sleeps(made: Client, monkeypatch: pytest.MonkeyPa
     for _ in range(100):
         wait()
     assert made.looks == 0
+
+
+def test_the_variable_lets_each_wait_be_slept(made: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COWKIT_EAGER", "0")
+    wait = EagerWait(made.poll)
+    for _ in range(1000):
+        wait()
+    assert (made.looks, made.sleeps) == (0, 1000)
+
+
+@pytest.mark.parametrize("pause", [20 * US, 1000 * US, 20_000 * US])
+def test_what_keeps_the_processor_awake_is_told_how_long_each_wait_was(made: Client, pause: int) -> None:
+    made.next = made.pause = pause
+    kept = Kept(made)
+    wait = EagerWait(made.poll, kept)
+    for _ in range(100):
+        before = made.now
+        wait()
+        assert kept.waits[-1] == made.now - before >= pause
+    assert len(kept.waits) == 100
+    assert made.naps == []
+
+
+def test_while_the_processor_is_kept_awake_a_sleep_of_up_to_5_ms_does_not_end_that(made: Client) -> None:
+    made.next = made.pause = 4900 * US
+    kept = Kept(made)
+    kept.runs = True
+    wait = EagerWait(made.poll, kept)
+    for _ in range(100):
+        assert wait() == ["readable"]
+    assert made.naps == [5] * 100
+    assert kept.stops == []
+    assert made.sleeps == 0
+
+
+def test_a_sleep_of_over_5_ms_lets_the_processor_halt_while_it_lasts(made: Client) -> None:
+    made.next = made.pause = 60_000 * US
+    kept = Kept(made)
+    kept.runs = True
+    wait = EagerWait(made.poll, kept)
+    for _ in range(3):
+        assert wait() == ["readable"]
+    assert made.naps == [5]
+    assert kept.stops == [5000 * US]
+    assert made.sleeps == 3
+    assert kept.waits[0] >= made.pause

@@ -116,10 +116,12 @@ class Awake:
     def stop(self) -> None:
         """The client takes its time, or has gone: let the processor halt."""
         self._waits = self._waited = self._settling = 0
-        self._passed = False
         if self._child is not None:
+            if not self._passed:  # a client that comes in short bursts is not worth a process for each
+                self._not_before = self._started + _REST_NS
             _end(self._child, _one.release)
             self._child = None
+        self._passed = False
 
     def _begin(self, without: int, now: int) -> None:
         if not _one.acquire(blocking=False):

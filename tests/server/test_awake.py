@@ -235,7 +235,15 @@ def test_a_wait_of_over_5_ms_stops_it_and_no_shorter_one(client: Awake, system: 
     assert client.running
     system.wait(client, 1, 5 * MS + 1)
     assert not client.running
-    system.start(client)  # at once: nothing has failed
+
+
+def test_a_trial_that_a_pause_ended_is_not_begun_anew_for_each_burst_of_requests(client: Awake, system: System) -> None:
+    for burst in range(5):
+        system.wait(client, awake._SAMPLES + 5, SLOW)
+        assert client.running is (burst == 0)
+        system.wait(client, 1, 6 * MS)
+    system.now += awake._REST_NS
+    system.start(client)
 
 
 def test_after_a_pause_it_has_to_pass_another_trial(client: Awake, system: System) -> None:
@@ -318,6 +326,7 @@ def test_as_long_as_an_ended_one_is_not_gone_there_is_no_other(client: Awake, sy
     system.die_at_once = False
     system.start(client)
     client.stop()
+    system.now += awake._REST_NS
     system.wait(client, 3 * awake._SAMPLES, SLOW)
     assert system.started == 1
     system.dying.pop()()

@@ -33,20 +33,24 @@ _SHELL = "/bin/sh"
 _MEMBERSHIPS = "/proc/self/cgroup"
 _CGROUPS = "/sys/fs/cgroup"
 _COUNT = "ulimit -t 1 && while :; do :; done"
-_LONG_NS = 5_000_000
-"""A wait as long as this was no wait for an answer."""
+_LONG_NS = 20_000_000
+"""A wait as long as this was no wait for an answer, nor a moment in which the host had other things to do."""
 _RENEW_NS = 900_000_000
 """Before the second is over that ``_COUNT`` has."""
 
-_SAMPLES = 128
-"""Waits that a judgement is made of: at depth 1 some 10 milliseconds, so that starting a process, 1 ms, is little beside it."""
+_SAMPLES = 64
+"""Waits that a judgement is made of: at depth 1 some 5 milliseconds; starting a process takes 1 ms."""
+_MOST_NS = 100_000
+"""What a wait counts for at most: a single one of milliseconds, of a host that is busy, would outweigh all others."""
 _WORTH = _SAMPLES * 10_000
 """From how many nanoseconds on there may be something to gain from so many waits."""
 _SETTLING = 16
 """Waits that are not looked at after the start."""
 _GAIN = 0.8
 """The trial is passed if the waits take at most so much of what they took."""
-_REST_NS = 100_000_000
+_PROVEN_NS = 2_000_000_000
+"""For how long after a trial that was passed no other is needed."""
+_REST_NS = 50_000_000
 """From a failed trial to the next; twice as long each time."""
 
 _allowed = False
@@ -77,6 +81,8 @@ class Awake:
         """What ``_SAMPLES`` waits took without the process."""
         self._settling = 0
         self._passed = False
+        self._proven = 0
+        """Until when another trial would be passed."""
         self._rest = _REST_NS
         self._not_before = 0
 
@@ -87,13 +93,13 @@ class Awake:
             return
         if self._child is not None and now - self._started > _RENEW_NS:
             self._renew(now)
-        if self._passed and self._child is not None:
+        if self._passed:
             return
         if self._settling:
             self._settling -= 1
             return
         self._waits += 1
-        self._waited += nanoseconds
+        self._waited += min(nanoseconds, _MOST_NS)
         if self._waits < _SAMPLES:
             return
         waited = self._waited
@@ -103,6 +109,7 @@ class Awake:
                 self._begin(waited, now)
         elif waited <= _GAIN * self._without:
             self._passed = True
+            self._proven = now + _PROVEN_NS
             self._rest = _REST_NS
         else:
             self.stop()
@@ -132,6 +139,8 @@ class Awake:
         if self._child is None:
             _one.release()
             self._leave_it(now)
+        else:
+            self._passed = now < self._proven
 
     def _leave_it(self, now: int) -> None:
         self._not_before = now + self._rest

@@ -38,7 +38,7 @@ _LOST = -16
 _STARVED = -1000
 _NEVER = -(1 << 62)
 
-_AWAKE_MS = 5
+_AWAKE_MS = 20
 """How long the client's processor is kept awake for a client that takes longer than a look."""
 
 Events = Sequence[Any]

@@ -17,6 +17,9 @@ over TCP on the loopback interface. An unprivileged user may have 64 MiB of pipe
 _AHEAD = 1 << 20
 """How many bytes may wait in it, unless one payload is longer."""
 
+_OFTEN = 128 << 10
+"""After how many bytes that were written more is taken: the client's socket holds but 208 KiB."""
+
 
 class Piped:
     """A pipe for the payload of one write at a time, and for what the socket brings behind it. For one thread at a time.
@@ -30,6 +33,8 @@ class Piped:
         self.left = 0
         """How many bytes of the payload are still to be taken."""
         self._more_from = -1
+        self._written = 0
+        """How many bytes since more was taken."""
         self._given_back = memoryview(b"")
         self._source, self._target = os.pipe()
         try:
@@ -63,7 +68,9 @@ class Piped:
         count = os.splice(self._source, fd, most, offset_dst=offset)
         self.held -= count
         self.left -= count
-        if self._more_from >= 0 and self.held < _AHEAD:
+        self._written += count
+        if self._more_from >= 0 and self._written >= _OFTEN and self.held < _AHEAD:
+            self._written = 0
             try:
                 self.held += os.splice(self._more_from, self._target, _AHEAD - self.held, flags=os.SPLICE_F_NONBLOCK)
             except OSError:

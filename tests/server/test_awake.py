@@ -222,36 +222,57 @@ def test_a_trial_that_is_passed_makes_the_rest_short_again(client: Awake, system
         system.now += 100 * awake._REST_NS
     system.start(client)
     system.pass_trial(client)
-    system.wait(client, 1, awake._LONG_NS + 1)
+    system.wait(client, 1, awake._PROVEN_NS)
     system.start(client)
     system.fail_trial(client)
     system.now += awake._REST_NS
     system.start(client)
 
 
-def test_a_wait_of_over_5_ms_stops_it_and_no_shorter_one(client: Awake, system: System) -> None:
+def test_a_wait_of_over_20_ms_stops_it_and_no_shorter_one(client: Awake, system: System) -> None:
     system.start(client)
-    system.wait(client, 1, 5 * MS)
+    system.wait(client, 1, 20 * MS)
     assert client.running
-    system.wait(client, 1, 5 * MS + 1)
+    system.wait(client, 1, 20 * MS + 1)
     assert not client.running
 
 
 def test_a_trial_that_a_pause_ended_is_not_begun_anew_for_each_burst_of_requests(client: Awake, system: System) -> None:
-    for burst in range(5):
+    for _ in range(5):
         system.wait(client, awake._SAMPLES + 5, SLOW)
-        assert client.running is (burst == 0)
-        system.wait(client, 1, 6 * MS)
+        client.stop()
+    assert system.started == 1
     system.now += awake._REST_NS
     system.start(client)
 
 
-def test_after_a_pause_it_has_to_pass_another_trial(client: Awake, system: System) -> None:
+def test_after_a_pause_it_goes_on_without_a_trial_while_the_last_one_is_not_long_ago(
+    client: Awake, system: System
+) -> None:
     system.start(client)
     system.pass_trial(client)
-    system.wait(client, 1, 6 * MS)
+    system.wait(client, 1, awake._LONG_NS + 1)
+    assert not client.running
+    system.start(client)
+    system.wait(client, 5 * awake._SAMPLES, SLOW)
+    assert client.running
+
+
+def test_after_a_long_pause_it_has_to_pass_another_trial(client: Awake, system: System) -> None:
+    system.start(client)
+    system.pass_trial(client)
+    system.wait(client, 1, awake._PROVEN_NS)
     system.start(client)
     system.fail_trial(client)
+
+
+def test_no_single_wait_outweighs_the_others(client: Awake, system: System) -> None:
+    system.start(client)
+    system.wait(client, awake._SETTLING, QUICK)
+    system.wait(client, 1, 19 * MS)
+    system.wait(client, awake._SAMPLES - 1, QUICK)
+    system.wait(client, 5 * awake._SAMPLES, SLOW)
+    assert client.running
 
 
 # Renewing
@@ -297,7 +318,7 @@ def test_where_it_cannot_be_renewed_it_ends_and_rests_and_is_tried_anew(
     assert not awake._one.locked()
     system.wait(client, awake._SAMPLES, SLOW)
     assert not client.running
-    system.now += awake._REST_NS
+    system.now += awake._PROVEN_NS
     system.start(client)
     system.fail_trial(client)
 

@@ -102,24 +102,24 @@ class Sieve:
         unit, base = self._unit, self._base
         if not runs:
             return
-        spots = [at for run in runs for at in range(run.start, run.end, unit)]
-        now = [
-            mapping[at : at + SAMPLE]
-            for run in runs
-            for first, last, mapping in run.pieces
-            for at in range(first, last, unit)
-        ]
-        self._bytes_read += len(spots) * SAMPLE
+        looks: list[slice] = []
+        for run in runs:
+            looks += map(slice, range(run.start, run.end, unit), range(run.start + SAMPLE, run.end + SAMPLE, unit))
+        now: list[memoryview] = []
+        for run in runs:
+            for first, last, mapping in run.pieces:
+                now += map(mapping.__getitem__, looks[len(now) : len(now) + (last - first) // unit])
+        self._bytes_read += len(looks) * SAMPLE
         old = None
         if not hole and base is not None:
-            old = [base[at : at + SAMPLE] for at in spots]
-            self._bytes_read += len(spots) * SAMPLE
+            old = list(map(base.__getitem__, looks))
+            self._bytes_read += len(looks) * SAMPLE
         try:
             unsure = self._samples.unsure(now, old)
         except OSError:  # who reads the files as a whole knows better what is wrong
-            unsure = list(range(len(spots)))
+            unsure = list(range(len(looks)))
         for index in unsure:
-            yield down(spots[index], self._cluster)
+            yield down(looks[index].start, self._cluster)
 
     def _split(self, run: _Run, unsure: set[int]) -> Iterator[Sifted]:
         """The run in ranges whose clusters are all sure or all unsure."""

@@ -89,8 +89,8 @@ class Structured(Dialect):
         return wire.STRUCTURED_REPLY.pack(wire.STRUCTURED_REPLY_MAGIC, flags, kind, cookie, length)
 
     def done(self, cookie: int, offset: int) -> bytes:
-        """See :meth:`Dialect.done`."""
-        return self._head(wire.REPLY_FLAG_DONE, wire.CHUNK_NONE, cookie, offset, 0)
+        """See :meth:`Dialect.done`; by way of ``_head`` it would take nearly twice as long, for each WRITE."""
+        return wire.STRUCTURED_REPLY.pack(wire.STRUCTURED_REPLY_MAGIC, wire.REPLY_FLAG_DONE, wire.CHUNK_NONE, cookie, 0)
 
     def failed(self, cookie: int, offset: int, error: int, message: str) -> bytes:
         """See :meth:`Dialect.failed`."""
@@ -149,6 +149,10 @@ class Extended(Structured):
 
     def _head(self, flags: int, kind: int, cookie: int, offset: int, length: int) -> bytes:
         return wire.EXTENDED_REPLY.pack(wire.EXTENDED_REPLY_MAGIC, flags, kind, cookie, offset, length)
+
+    def done(self, cookie: int, offset: int) -> bytes:
+        """See :meth:`Dialect.done`."""
+        return self._head(wire.REPLY_FLAG_DONE, wire.CHUNK_NONE, cookie, offset, 0)
 
     def data_head(self, cookie: int, offset: int, length: int) -> bytes:
         """See :meth:`Dialect.data_head`."""

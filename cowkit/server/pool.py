@@ -171,9 +171,10 @@ def drive(steps: Steps, channel: Channel, *, may_join: bool) -> None:
     wait = EagerWait(ready.poll, awake)
     member = Member(channel, steps)
     may_join = may_join and _INTERPRETER_IS_SHARED
+    soon, thread = Need.SOON, Need.THREAD  # as in Transmission
     try:
         for need in steps:
-            if need is Need.THREAD:
+            if need is thread:
                 continue
             if may_join and _pool.is_crowded(member):
                 awake.stop()
@@ -183,7 +184,7 @@ def drive(steps: Steps, channel: Channel, *, may_join: bool) -> None:
                 if member.ended:
                     return
                 continue
-            if need is Need.SOON:
+            if need is soon:
                 wait()
             elif awake.running:
                 awake.stop()  # a client with many requests under way does not sleep

@@ -119,7 +119,8 @@ class Transmission:
         start, end = 0, self._received  # what was received and not dealt with
         wanted = head
         ended = False
-        need = Need.BYTES
+        bytes_needed, soon = Need.BYTES, Need.SOON  # looking up an enumeration's member takes 0.1 microseconds
+        need = bytes_needed
         deep = 0
         piped_writes = self._piped_writes
         after_long = False  # whether long requests came last: then the next one's head is received by itself
@@ -219,7 +220,7 @@ class Transmission:
                 deep = _DEEP
             elif deep:
                 deep -= 1
-            need = Need.BYTES if deep else Need.SOON
+            need = bytes_needed if deep else soon
             if out:
                 try:
                     batch = out if len(out) <= IOV_MAX else out[:IOV_MAX]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 
 _SIZE = 512 << 10
 """Of the pipe, in bytes, which stands for 128 pages or larger pieces: 1.8 MB came from a Unix socket before it was full, and 3 MB
@@ -33,6 +34,7 @@ class Piped:
         self.left = 0
         """How many bytes of the payload are still to be taken."""
         self._more_from = -1
+        self._look = select.poll()
         self._written = 0
         """How many bytes since more was taken."""
         self._given_back = memoryview(b"")
@@ -57,7 +59,12 @@ class Piped:
         most = (max(_AHEAD, self.left) if ahead else self.left) - self.held
         count = os.splice(fd, self._target, most, flags=os.SPLICE_F_NONBLOCK)
         self.held += count
-        self._more_from = fd if ahead else -1
+        if not ahead:
+            self._more_from = -1
+        elif self._more_from != fd:
+            self._more_from = fd
+            self._look = select.poll()
+            self._look.register(fd, select.POLLIN)
         return count
 
     def to_file(self, fd: int, most: int, offset: int) -> int:
@@ -71,11 +78,17 @@ class Piped:
         self._written += count
         if self._more_from >= 0 and self._written >= _OFTEN and self.held < _AHEAD:
             self._written = 0
-            try:
-                self.held += os.splice(self._more_from, self._target, _AHEAD - self.held, flags=os.SPLICE_F_NONBLOCK)
-            except OSError:
-                pass  # nothing has come, or what is wrong will be met when there is nothing to do but to wait
+            self._take_more()
         return count
+
+    def _take_more(self) -> None:
+        try:
+            # A TCP socket waits for bytes, whatever splice(2) is told about waiting.
+            if self._look.poll(0):
+                most = _AHEAD - self.held
+                self.held += os.splice(self._more_from, self._target, most, flags=os.SPLICE_F_NONBLOCK)
+        except OSError:
+            pass  # the pipe is full, or what is wrong will be met when there is nothing to do but to wait
 
     def take(self, into: memoryview) -> None:
         """Move as much as ``into`` has room for into it: what is behind the payload, unless that is still there."""

@@ -23,7 +23,8 @@ DESCRIPTION = (
     "Serve BASE over NBD as a disk that clients may write and wreck; BASE itself is never written, and what was written is "
     "thrown away at the end, unless `cowkit diff` keeps it first. The first line printed is the URI for clients, printed once "
     "they can connect. SIGTERM or ctrl-C ends it, SIGHUP does not. Started by a program that hands over a listening socket (systemd, or "
-    "`nbdinfo -- [ cowkit serve BASE ]`), it serves on that, prints nothing, and ends with that program."
+    "`nbdinfo -- [ cowkit serve BASE ]`), it serves on that, prints nothing, and ends with that program. "
+    "COWKIT_EAGER=0 in the environment saves processor time at the cost of speed: see docs/speed.md."
 )
 EXAMPLES = """
 cowkit serve disk.img

@@ -116,18 +116,23 @@ class Layer(Counted):
             self.write([data[count:]], offset + count)
 
     def write_fresh(self, parts: list[memoryview], offset: int) -> None:
-        """The same where the file has nothing yet: long parts in pieces, see ``_FRESH_PIECE``."""
+        """The same where the file has nothing yet, and where nothing is left if it fails: long parts in pieces, see ``_FRESH_PIECE``."""
         length = sum(map(len, parts))
-        if length <= _FRESH_PIECE:
-            self.write(parts, offset)
-            return
-        if length > _ROOM_FROM:
-            self._room.find(self.fd, offset, length)
-        for part in parts:
-            for start in range(0, len(part), _FRESH_PIECE):
-                piece = part[start : start + _FRESH_PIECE]
-                self.write([piece], offset)
-                offset += len(piece)
+        try:
+            if length <= _FRESH_PIECE:
+                self.write(parts, offset)
+                return
+            if length > _ROOM_FROM:
+                self._room.find(self.fd, offset, length)
+            at = offset
+            for part in parts:
+                for start in range(0, len(part), _FRESH_PIECE):
+                    piece = part[start : start + _FRESH_PIECE]
+                    self.write([piece], at)
+                    at += len(piece)
+        except OverlayFullError:
+            self.abandon(offset, length)
+            raise
 
     def write_piped(self, piped: Piped, length: int, offset: int) -> None:
         """:meth:`write` of the next ``length`` bytes of the payload in a pipe.
@@ -186,6 +191,13 @@ class Layer(Counted):
         from cowkit.disk.punch import punch_hole  # ctypes takes 10 ms to import, and few disks are ever trimmed
 
         punch_hole(self.fd, offset, length)
+
+    def abandon(self, offset: int, length: int) -> None:
+        """Give back what room a write to fresh blocks has found that could not find all: smaller ones may have use for it."""
+        try:
+            self.punch(offset, length)
+        except (OSError, ImportError):
+            pass  # no descriptor to be had for importing what does it
 
     def space(self) -> int:
         """The bytes of storage that the file takes, as the file system accounts them."""

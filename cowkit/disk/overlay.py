@@ -184,6 +184,7 @@ class Overlay:
                     layer.write_fresh_piped(piped, offset)
                 except OverlayFullError:
                     data = layer.take_back(piped, length, offset)  # there may yet be room
+                    layer.abandon(offset, length)
                     raise
                 self.map.set(first, last, self.top)
                 return
@@ -240,7 +241,12 @@ class Overlay:
                     owned.append((part, start))
                     continue
                 # Only fresh blocks can find no room. They go first, and nothing has changed until their owner is set.
-                layer.write_fresh([*self._old_bytes(first, start), part, *self._old_bytes(stop, last)], first)
+                try:
+                    layer.write_fresh([*self._old_bytes(first, start), part, *self._old_bytes(stop, last)], first)
+                except OverlayFullError:
+                    for begun, ended, _ in fresh:
+                        layer.abandon(begun << self.shift, (ended - begun) << self.shift)
+                    raise
                 fresh.append(run)
         for part, start in owned:
             layer.write([part], start)

@@ -32,11 +32,17 @@ from cowkit.server.quiet_thread import QuietThread
 _SHELL = "/bin/sh"
 _MEMBERSHIPS = "/proc/self/cgroup"
 _CGROUPS = "/sys/fs/cgroup"
-_COUNT = "ulimit -t 1 && while :; do :; done"
+_COUNT = "cd / && ulimit -t 1 && while :; do :; done"
+_NAME = "cowkit-awake"
+"""What `ps` shows behind that."""
 _LONG_NS = 20_000_000
 """A wait as long as this was no wait for an answer, nor a moment in which the host had other things to do."""
 _RENEW_NS = 900_000_000
 """Before the second is over that ``_COUNT`` has."""
+
+_SLOW_NS = 1_000_000
+_SLOW = 8
+"""A client so many of whose waits in a judgement are longer than that does not wait for us: it has other things to do."""
 
 _SAMPLES = 64
 """Waits that a judgement is made of: at depth 1 some 5 milliseconds; starting a process takes 1 ms."""
@@ -77,6 +83,7 @@ class Awake:
         self._started = 0
         self._waits = 0
         self._waited = 0
+        self._slow = 0
         self._without = 0
         """What ``_SAMPLES`` waits took without the process."""
         self._settling = 0
@@ -93,27 +100,28 @@ class Awake:
             return
         if self._child is not None and now - self._started > _RENEW_NS:
             self._renew(now)
-        if self._passed:
-            return
         if self._settling:
             self._settling -= 1
             return
         self._waits += 1
         self._waited += min(nanoseconds, _MOST_NS)
+        if nanoseconds > _SLOW_NS:
+            self._slow += 1
         if self._waits < _SAMPLES:
             return
-        waited = self._waited
-        self._waits = self._waited = 0
+        waited, slow = self._waited, self._slow > _SLOW
+        self._waits = self._waited = self._slow = 0
         if self._child is None:
-            if _allowed and waited > _WORTH and now >= self._not_before:
+            if _allowed and waited > _WORTH and not slow and now >= self._not_before:
                 self._begin(waited, now)
-        elif waited <= _GAIN * self._without:
+        elif slow or not (self._passed or waited <= _GAIN * self._without):
+            self.stop()
+            self._proven = 0
+            self._leave_it(now)
+        elif not self._passed:
             self._passed = True
             self._proven = now + _PROVEN_NS
             self._rest = _REST_NS
-        else:
-            self.stop()
-            self._leave_it(now)
 
     @property
     def running(self) -> bool:
@@ -122,7 +130,7 @@ class Awake:
 
     def stop(self) -> None:
         """The client takes its time, or has gone: let the processor halt."""
-        self._waits = self._waited = self._settling = 0
+        self._waits = self._waited = self._slow = self._settling = 0
         if self._child is not None:
             if not self._passed:  # a client that comes in short bursts is not worth a process for each
                 self._not_before = self._started + _REST_NS
@@ -162,9 +170,8 @@ class Awake:
             if processor is None:
                 return None
             where = {processor}
-        nothing = [(os.POSIX_SPAWN_OPEN, fd, "/dev/null", os.O_RDWR, 0) for fd in range(3)]
         try:
-            child = os.posix_spawn(_SHELL, ["sh", "-c", _COUNT], {}, file_actions=nothing, setsigmask=[])
+            child = os.posix_spawn(_SHELL, ["sh", "-c", _COUNT, _NAME], {}, file_actions=_nothing_open(), setsigmask=[])
         except OSError:
             return None
         try:
@@ -176,6 +183,15 @@ class Awake:
             return None
         self._started = perf_counter_ns()
         return child
+
+
+def _nothing_open() -> list[tuple[int, int] | tuple[int, int, str, int, int]]:
+    """For a process that holds nothing: also of what whoever started us has left us, such as a lock or a pipe that somebody waits at."""
+    inherited = [int(name) for name in os.listdir("/proc/self/fd") if int(name) > 2]
+    return [
+        *((os.POSIX_SPAWN_OPEN, fd, "/dev/null", os.O_RDWR, 0) for fd in range(3)),
+        *((os.POSIX_SPAWN_CLOSE, fd) for fd in inherited),
+    ]
 
 
 def _nothing() -> None:

@@ -102,10 +102,14 @@ class Pool:
 
     def join(self, member: Member) -> None:
         """Be served in the pool; returns when the connection has left it, in the thread that called, which is the member's own."""
+        member.crowd = -_APART
         with self._lock:
             epoll = self._epoll
             if epoll is None:
-                epoll = self._epoll = select.epoll()
+                try:
+                    epoll = self._epoll = select.epoll()
+                except OSError:  # no descriptor to be had: it goes on by itself
+                    return
             number = member.sock.fileno()
             self._members[number] = member
             epoll.register(number, select.EPOLLIN)
@@ -115,7 +119,6 @@ class Pool:
             member.turn.acquire()
         if member.leads:
             self._lead(epoll, member)
-        member.crowd = -_APART
 
     def _lead(self, epoll: select.epoll, leader: Member) -> None:
         members = self._members

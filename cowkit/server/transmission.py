@@ -161,6 +161,8 @@ class Transmission:
                 while end - start >= head:
                     magic, flags, command, cookie, offset, length = unpack(buffer, start)
                     if magic != magic_wanted:
+                        if out:
+                            break  # what came before has its replies first
                         raise ProtocolError(
                             f"a request begins with {magic:#x} instead of {magic_wanted:#x}: the client is out of step"
                         )

@@ -157,6 +157,18 @@ def test_what_cannot_be_a_base_is_refused_with_its_reason(tmp_path: Path, kind: 
 # Space
 
 
+@pytest.mark.parametrize("piece", [0, 3 * BLOCK], ids=["at once", "in two runs"])
+def test_a_write_without_room_keeps_none_of_what_there_was(base_path: Path, piece: int) -> None:
+    with Disk(FileBase(base_path)) as disk:
+        disk.pwrite(b"early", piece)
+        layer = disk.overlay.layers[disk.overlay.top]
+        before = layer.space()
+        with files_limited_to(6 * BLOCK), pytest.raises(OverlayFullError):
+            disk.pwrite(b"x" * 8 * BLOCK, 0)
+        os.fsync(layer.fd)
+        assert layer.space() == before
+
+
 def test_a_write_without_room_keeps_the_old_bytes_and_the_disk_goes_on(base_path: Path) -> None:
     original = base_path.read_bytes()
     with Disk(FileBase(base_path)) as disk:

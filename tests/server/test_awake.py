@@ -266,6 +266,23 @@ def test_after_a_long_pause_it_has_to_pass_another_trial(client: Awake, system: 
     system.fail_trial(client)
 
 
+def test_it_is_not_started_for_a_client_that_has_other_things_to_do(client: Awake, system: System) -> None:
+    for _ in range(10 * awake._SAMPLES):
+        system.wait(client, 3, SLOW)
+        system.wait(client, 1, 2 * MS)
+    assert system.started == 0
+
+
+def test_it_stops_when_the_client_begins_to_have_other_things_to_do(client: Awake, system: System) -> None:
+    system.start(client)
+    system.pass_trial(client)
+    system.wait(client, 2 * awake._SAMPLES, 2 * MS)
+    assert not client.running
+    system.wait(client, awake._SAMPLES, 2 * MS)
+    system.start(client)
+    system.fail_trial(client)
+
+
 def test_no_single_wait_outweighs_the_others(client: Awake, system: System) -> None:
     system.start(client)
     system.wait(client, awake._SETTLING, QUICK)
@@ -285,7 +302,7 @@ def test_it_is_renewed_before_its_second_of_processor_time_is_over(client: Awake
     for _ in range(4):
         last, started = system.now, system.started
         while system.started == started:
-            system.wait(client, 1, 3 * MS)
+            system.wait(client, 1, 900 * US)
             assert system.now - last < 1000 * MS
         assert system.now - last > 800 * MS
         assert len(system.running) == 1
@@ -539,12 +556,24 @@ def test_the_process_is_of_the_class_that_every_other_goes_before(real: Awake) -
     assert os.sched_getscheduler(child_of(real)) == os.SCHED_IDLE
 
 
-def test_the_process_holds_nothing_of_ours(real: Awake) -> None:
+@pytest.fixture
+def inherited() -> Iterator[int]:
+    """A descriptor that whoever started us may have left us."""
+    read_end, write_end = os.pipe()
+    os.set_inheritable(write_end, True)
+    os.close(read_end)
+    yield write_end
+    os.close(write_end)
+
+
+def test_the_process_holds_nothing_of_ours(inherited: int, real: Awake) -> None:
+    until(lambda: Path(f"/proc/{child_of(real)}/cwd").readlink() == Path("/"))
     folder = Path(f"/proc/{child_of(real)}/fd")
     for number in range(3):
         assert (folder / str(number)).readlink() == Path("/dev/null")
-    assert real._sock.fileno() > 2
-    assert not (folder / str(real._sock.fileno())).exists()
+    for number in (real._sock.fileno(), inherited):
+        assert number > 2
+        assert not os.path.lexists(folder / str(number))
     assert Path(f"/proc/{child_of(real)}/environ").read_bytes() == b""
 
 

@@ -45,6 +45,12 @@ from tests.server.raw_client import (
     where,
 )
 
+
+def address(uri: str) -> tuple[str, int]:
+    host, _, port = uri.removeprefix("nbd://").rpartition(":")
+    return host, int(port)
+
+
 BLOCK = 4096
 LONG = 192 << 10
 """The length of a WRITE that is received by itself."""
@@ -77,7 +83,7 @@ def piped(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def warmed_up(server: NbdServer, dialect: DialectName = "structured") -> RawClient:
     """A client whose next long WRITE goes through a pipe, after one that has not: to the end of the disk."""
-    client = RawClient(where(server)).negotiate(dialect)
+    client = RawClient(where(server) if server.socket is not None else address(server.uri)).negotiate(dialect)
     client.write(b"w" * LONG, SIZE - LONG)
     return client
 
@@ -441,17 +447,35 @@ _lengths = st.one_of(
 _commands = st.sampled_from([WRITE, WRITE, WRITE, WRITE, READ, TRIM, FLUSH, 99])
 
 
+@pytest.mark.parametrize("length", [LONG, 3 * LONG, 1 << 20])
+def test_over_tcp_a_long_write_that_nothing_follows_is_answered(length: int, piped: list[int]) -> None:
+    with (
+        Disk(ZeroBase(SIZE)) as disk,
+        NbdServer(disk, tcp="127.0.0.1:0") as server,
+        RawClient(address(server.uri)).negotiate() as client,
+    ):
+        for turn in range(5):
+            client.write(bytes([turn + 1]) * length, turn * length // 2)
+        assert client.read(length, 2 * length) == b"\5" * length
+    assert piped
+
+
 @given(
     ops=st.lists(st.builds(Op, _commands, _places, _lengths, st.integers(1, 255)), min_size=1, max_size=14),
     depth=st.integers(1, 6),
+    tcp=st.booleans(),
     dialect=st.sampled_from(DIALECTS),
     checkpoint_before=st.integers(0, 14),
 )
 @settings(max_examples=25, deadline=None)
 def test_long_writes_anywhere_at_any_depth_read_as_an_array_of_bytes_would(
-    ops: list[Op], depth: int, dialect: DialectName, checkpoint_before: int
+    ops: list[Op], depth: int, tcp: bool, dialect: DialectName, checkpoint_before: int
 ) -> None:
-    with serving(SIZE) as server, warmed_up(server, dialect) as client:
+    with (
+        serving(SIZE) as unix,
+        NbdServer(unix.disk, tcp="127.0.0.1:0") as server,
+        warmed_up(server if tcp else unix, dialect) as client,
+    ):
         model = bytearray(SIZE)
         model[SIZE - LONG :] = b"w" * LONG
         frozen = None

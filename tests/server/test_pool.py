@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
@@ -59,6 +60,21 @@ def test_a_connection_that_is_busy_alone_stays_by_itself(server: NbdServer) -> N
         client.negotiate()
         for _ in range(100):
             client.read(512, 0)
+        assert members() == 0
+
+
+def test_without_a_descriptor_for_the_pool_each_stays_by_itself(
+    server: NbdServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused() -> object:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr("select.epoll", refused)
+    with RawClient(where(server)) as one, RawClient(where(server)) as two:
+        one.negotiate()
+        two.negotiate()
+        for _ in range(4 * pool._CROWDED):
+            assert one.read(512, 0) == two.read(512, 0)
         assert members() == 0
 
 

@@ -400,3 +400,17 @@ def test_a_write_with_no_directory_for_the_overlay_is_eio_and_reads_go_on() -> N
             assert reply.error == EIO and "TMPDIR" in reply.message
             assert client.read(1, 0) == b"\0"
         assert server.errors == []
+
+
+@every_dialect
+def test_what_is_whole_before_a_client_is_out_of_step_has_its_replies(server: NbdServer, dialect: DialectName) -> None:
+    with connected(server, dialect) as client:
+        for turn in range(20):  # each time in one batch, mostly
+            with connected(server, dialect) as other:
+                whole = [other.request(WRITE, 0, data=bytes([turn + 1]) * 600)]
+                wrong = b"\xff" + other.request(READ, 0, 1)[1][1:]
+                other.send(whole[0][1] + wrong)
+                reply = other.reply()
+                assert (reply.cookie, reply.error) == (whole[0][0], 0)
+                assert other.at_end()
+        assert client.read(600, 0) == b"\x14" * 600

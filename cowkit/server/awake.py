@@ -24,7 +24,7 @@ import signal
 import socket
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from time import perf_counter_ns
 
 from cowkit.server.quiet_thread import QuietThread
@@ -59,6 +59,10 @@ _PROVEN_NS = 2_000_000_000
 _REST_NS = 50_000_000
 """From a failed trial to the next; twice as long each time."""
 
+_NOTHING = [(os.POSIX_SPAWN_OPEN, fd, "/dev/null", os.O_RDWR, 0) for fd in range(3)]
+
+_closed: list[tuple[int, int]] = []
+"""Closes what whoever started us has left us, such as a lock or a pipe that somebody waits at; our own files are closed anyway."""
 _allowed = False
 _one = threading.Lock()
 """One counting process for all of ours; held until it is gone. (While one is renewed there are two.)"""
@@ -69,9 +73,20 @@ def allow(*, yes: bool = True) -> None:
 
     So does ignoring SIGCHLD: children vanish unseen then, and their numbers may be somebody else's when they are to be killed.
     """
-    global _allowed  # noqa: PLW0603  # a process is its own or is not
+    global _allowed, _closed  # noqa: PLW0603  # a process is its own or is not
     told = os.environ.get("COWKIT_EAGER", "") == "0" or signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN
     _allowed = yes and not told
+    if _allowed:
+        _closed = [(os.POSIX_SPAWN_CLOSE, fd) for fd in _inheritable()]
+
+
+def _inheritable() -> Iterator[int]:
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if int(name) > 2 and os.get_inheritable(int(name)):
+                yield int(name)
+        except OSError:
+            pass  # that of the listing
 
 
 class Awake:
@@ -171,7 +186,9 @@ class Awake:
                 return None
             where = {processor}
         try:
-            child = os.posix_spawn(_SHELL, ["sh", "-c", _COUNT, _NAME], {}, file_actions=_nothing_open(), setsigmask=[])
+            child = os.posix_spawn(
+                _SHELL, ["sh", "-c", _COUNT, _NAME], {}, file_actions=[*_NOTHING, *_closed], setsigmask=[]
+            )
         except OSError:
             return None
         try:
@@ -183,15 +200,6 @@ class Awake:
             return None
         self._started = perf_counter_ns()
         return child
-
-
-def _nothing_open() -> list[tuple[int, int] | tuple[int, int, str, int, int]]:
-    """For a process that holds nothing: also of what whoever started us has left us, such as a lock or a pipe that somebody waits at."""
-    inherited = [int(name) for name in os.listdir("/proc/self/fd") if int(name) > 2]
-    return [
-        *((os.POSIX_SPAWN_OPEN, fd, "/dev/null", os.O_RDWR, 0) for fd in range(3)),
-        *((os.POSIX_SPAWN_CLOSE, fd) for fd in inherited),
-    ]
 
 
 def _nothing() -> None:

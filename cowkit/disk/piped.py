@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import fcntl
 import os
-import select
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from select import poll
 
 _SIZE = 512 << 10
 """Of the pipe, in bytes, which stands for 128 pages or larger pieces: 1.8 MB came from a Unix socket before it was full, and 3 MB
@@ -28,13 +31,15 @@ class Piped:
     :raises OSError: there are no descriptors left, or no pipes of that size.
     """
 
+    _look: poll
+    """Whether the socket has something; there once ``_more_from`` is."""
+
     def __init__(self) -> None:
         self.held = 0
         """How many bytes are in it."""
         self.left = 0
         """How many bytes of the payload are still to be taken."""
         self._more_from = -1
-        self._look = select.poll()
         self._written = 0
         """How many bytes since more was taken."""
         self._given_back = memoryview(b"")
@@ -62,9 +67,11 @@ class Piped:
         if not ahead:
             self._more_from = -1
         elif self._more_from != fd:
+            from select import POLLIN, poll  # which a disk without clients does without
+
+            self._look = poll()
+            self._look.register(fd, POLLIN)
             self._more_from = fd
-            self._look = select.poll()
-            self._look.register(fd, select.POLLIN)
         return count
 
     def to_file(self, fd: int, most: int, offset: int) -> int:

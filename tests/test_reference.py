@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -120,7 +121,10 @@ def test_rounding_the_image_size_down_or_up_is_an_option_and_its_last_bytes_coun
 
 def overlay_folders(pid: int) -> set[str]:
     # Standard output and error may be nameless files, too: pytest's.
-    links = [os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir() if int(fd.name) > 2]
+    links = []
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # a module that was being imported
+            links += [os.readlink(fd)] if int(fd.name) > 2 else []
     return {os.path.dirname(link.removesuffix(" (deleted)")) for link in links if link.endswith(" (deleted)")}
 
 

@@ -35,9 +35,6 @@ written by 64 KiB, 6.7 by 256 KiB and 13.6 by 1 MiB (medians of six; at best 2.3
 _ROOM_FROM = 256 << 10
 """Bytes of a write to fresh blocks beyond which room is found for all of it first: 1 MiB then runs at 4.0 GB/s instead of 3.1."""
 
-_PIPED_PIECE = 128 << 10
-"""Bytes written at once from a pipe, which takes more from the client in between."""
-
 
 class Layer(Counted):
     """A sparse unnamed file of ``size`` bytes in ``directory``.
@@ -116,23 +113,18 @@ class Layer(Counted):
             self.write([data[count:]], offset + count)
 
     def write_fresh(self, parts: list[memoryview], offset: int) -> None:
-        """The same where the file has nothing yet, and where nothing is left if it fails: long parts in pieces, see ``_FRESH_PIECE``."""
+        """The same where the file has nothing yet: long parts in pieces, see ``_FRESH_PIECE``."""
         length = sum(map(len, parts))
-        try:
-            if length <= _FRESH_PIECE:
-                self.write(parts, offset)
-                return
-            if length > _ROOM_FROM:
-                self._room.find(self.fd, offset, length)
-            at = offset
-            for part in parts:
-                for start in range(0, len(part), _FRESH_PIECE):
-                    piece = part[start : start + _FRESH_PIECE]
-                    self.write([piece], at)
-                    at += len(piece)
-        except OverlayFullError:
-            self.abandon(offset, length)
-            raise
+        if length <= _FRESH_PIECE:
+            self.write(parts, offset)
+            return
+        if length > _ROOM_FROM:
+            self._room.find(self.fd, offset, length)
+        for part in parts:
+            for start in range(0, len(part), _FRESH_PIECE):
+                piece = part[start : start + _FRESH_PIECE]
+                self.write([piece], offset)
+                offset += len(piece)
 
     def write_piped(self, piped: Piped, length: int, offset: int) -> None:
         """:meth:`write` of the next ``length`` bytes of the payload in a pipe.
@@ -141,7 +133,7 @@ class Layer(Counted):
         """
         while length:
             try:
-                count = piped.to_file(self.fd, min(length, _PIPED_PIECE), offset)
+                count = piped.to_file(self.fd, length, offset)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise self.failed("write", error) from error

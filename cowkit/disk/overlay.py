@@ -244,7 +244,7 @@ class Overlay:
                 try:
                     layer.write_fresh([*self._old_bytes(first, start), part, *self._old_bytes(stop, last)], first)
                 except OverlayFullError:
-                    for begun, ended, _ in fresh:
+                    for begun, ended, _ in [*fresh, run]:
                         layer.abandon(begun << self.shift, (ended - begun) << self.shift)
                     raise
                 fresh.append(run)

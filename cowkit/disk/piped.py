@@ -22,7 +22,7 @@ _AHEAD = 1 << 20
 """How many bytes may wait in it, unless one payload is longer."""
 
 _OFTEN = 128 << 10
-"""After how many bytes that were written more is taken: the client's socket holds but 208 KiB."""
+"""After how many bytes that were written more is taken, and the most written at once: the client's socket holds but 208 KiB."""
 
 
 class Piped:
@@ -79,7 +79,7 @@ class Piped:
 
         :raises OSError: the file failed, or its file system cannot do this (EINVAL).
         """
-        count = os.splice(self._source, fd, most, offset_dst=offset)
+        count = os.splice(self._source, fd, min(most, _OFTEN), offset_dst=offset)
         self.held -= count
         self.left -= count
         self._written += count

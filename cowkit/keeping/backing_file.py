@@ -70,9 +70,8 @@ def check_backing_file(base: Base, path: str, format: str, kept: View | None = N
         pread, size = backing
         reader = _Reader(pread, size)
         if kept is not None and image_size(size) < base.size and _is_zero_from(base, image_size(size)):
-            base.size = image_size(
-                size
-            )  # it is the state before that is as large, and whoever reads it later compares with that
+            # It is the state before that is as large, and whoever reads it later compares with that.
+            base.size = image_size(size)
         if image_size(size) != image_size(base.size):
             why = f"it has {size} bytes, not {base.size}"
         elif not base.scattered_reads_are_slow and (

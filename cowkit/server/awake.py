@@ -35,7 +35,7 @@ _CGROUPS = "/sys/fs/cgroup"
 _COUNT = "cd / && ulimit -t 1 && while :; do :; done"
 _NAME = "cowkit-awake"
 """What `ps` shows behind that."""
-_LONG_NS = 20_000_000
+LONG_NS = 20_000_000
 """A wait as long as this was no wait for an answer, nor a moment in which the host had other things to do."""
 _RENEW_NS = 900_000_000
 """Before the second is over that ``_COUNT`` has."""
@@ -68,14 +68,18 @@ _one = threading.Lock()
 """One counting process for all of ours; held until it is gone. (While one is renewed there are two.)"""
 
 
+def may_be_eager() -> bool:
+    """Whether processor time may be spent on quicker answers: unless ``COWKIT_EAGER=0`` forbids it."""
+    return os.environ.get("COWKIT_EAGER", "") != "0"
+
+
 def allow(*, yes: bool = True) -> None:
     """This process is the server's own: a child that nobody expects does no harm in it. ``COWKIT_EAGER=0`` forbids it anyway.
 
     So does ignoring SIGCHLD: children vanish unseen then, and their numbers may be somebody else's when they are to be killed.
     """
     global _allowed, _closed  # noqa: PLW0603  # a process is its own or is not
-    told = os.environ.get("COWKIT_EAGER", "") == "0" or signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN
-    _allowed = yes and not told
+    _allowed = yes and may_be_eager() and signal.getsignal(signal.SIGCHLD) != signal.SIG_IGN
     if _allowed:
         _closed = [(os.POSIX_SPAWN_CLOSE, fd) for fd in _inheritable()]
 
@@ -110,7 +114,7 @@ class Awake:
 
     def waited(self, nanoseconds: int, now: int) -> None:
         """The client's next request came after so long, at ``now`` of the clock of :func:`time.perf_counter_ns`."""
-        if nanoseconds > _LONG_NS:
+        if nanoseconds > LONG_NS:
             self.stop()
             return
         if self._child is not None and now - self._started > _RENEW_NS:

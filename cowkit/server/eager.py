@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from time import perf_counter_ns
 from typing import Any
 
-from cowkit.server.awake import Awake
+from cowkit.server.awake import LONG_NS, Awake, may_be_eager
 
 _LOOK_NS = 200_000
 """How long to look: a client on a virtual machine takes 20 to 150 microseconds from a reply to its next request."""
@@ -38,7 +38,7 @@ _LOST = -16
 _STARVED = -1000
 _NEVER = -(1 << 62)
 
-_AWAKE_MS = 20
+_AWAKE_MS = LONG_NS // 1_000_000
 """How long the client's processor is kept awake for a client that takes longer than a look."""
 
 Events = Sequence[Any]
@@ -54,7 +54,7 @@ class EagerWait:
     def __init__(self, poll: Callable[[int | None], Events], awake: Awake | None = None) -> None:
         self._poll = poll
         self._awake = awake
-        may = len(os.sched_getaffinity(0)) > 1 and os.environ.get("COWKIT_EAGER", "") != "0"
+        may = len(os.sched_getaffinity(0)) > 1 and may_be_eager()
         self._trust = 0 if may else _NEVER
 
     def __call__(self) -> Events:

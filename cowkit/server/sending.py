@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
+from contextlib import suppress
 
 from cowkit.server import wire
 from cowkit.server.channel import Channel
@@ -11,6 +13,20 @@ from cowkit.server.replies import Buffers, Dialect, Extended, Structured
 
 IOV_MAX = 1024
 """How many buffers one call takes (Linux, UIO_MAXIOV)."""
+
+
+_SEND_BUFFER = 512 << 10
+"""What the kernel may hold of replies that the client has not read, and as much again for its own overhead (socket(7), SO_SNDBUF); the
+usual 208 KiB in all are less than one long reply: server and client wake each other for each piece of it. 256 KiB and 1 MiB reads are
+twice as fast with 512 KiB, 4 KiB reads at depth 32 a tenth; 1 and 2 MiB add nothing. Where net.core.wmem_max is at its usual 208 KiB, that
+is what there is of it, and most of the gain."""
+
+
+def make_room(sock: socket.socket) -> None:
+    """Have the kernel hold more of what ``sock``'s client is to read. Over TCP it finds the size itself, unless it is told one."""
+    if sock.family == socket.AF_UNIX:
+        with suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
 
 
 class Sender:

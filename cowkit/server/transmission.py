@@ -27,7 +27,7 @@ from cowkit.server.piped_writes import LONG, PipedWrites
 from cowkit.server.pool import Need, Steps, drive
 from cowkit.server.replies import Buffers, Dialect, Extended, Simple, Structured
 from cowkit.server.requests import FAILURES, MAXIMUM_PAYLOAD, RequestError, Requests
-from cowkit.server.sending import IOV_MAX, Sender, unsent
+from cowkit.server.sending import IOV_MAX, Sender, make_room, unsent
 from cowkit.server.wire import (
     CMD_DISC,
     CMD_READ,
@@ -76,6 +76,7 @@ class Transmission:
         self._sender = Sender(sock, self._dialect)
         self._piped_writes: PipedWrites | None = None
         if isinstance(sock, socket.socket):
+            make_room(sock)
             self._piped_writes = PipedWrites(
                 sock, disk, self._dialect, self._requests, writable=self._writable, flags=self._write_flags
             )

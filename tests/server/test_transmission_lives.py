@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import os
 import socket
+import termios
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -287,3 +290,17 @@ def test_many_connections_at_once_see_one_disk(server: NbdServer) -> None:
     finally:
         for client in clients:
             client.close()
+
+
+def test_a_long_reply_waits_whole_in_the_kernel_for_a_client_that_does_not_read(server: NbdServer) -> None:
+    length = 320 << 10  # a client's usual share of the kernel's memory is 208 KiB, overhead included
+    with RawClient(where(server)) as client:
+        client.negotiate()
+        client.write(os.urandom(length), 0)
+        client.send(client.request(READ, 0, length)[1])
+        unread = bytearray(4)
+        deadline = time.monotonic() + TIMEOUT
+        while int.from_bytes(unread, "little") < length and time.monotonic() < deadline:
+            fcntl.ioctl(client.sock, termios.FIONREAD, unread)
+        assert int.from_bytes(unread, "little") >= length
+        assert client.reply().error == 0

@@ -119,5 +119,5 @@ def _experiment(
 EXPERIMENTS = (
     _experiment("0.01", 0.0001, None, rounds=2),
     _experiment("1", 0.01, 100, quick=True),
-    _experiment("50", 0.5, 3, rounds=2),
+    _experiment("50", 0.5, 3, rounds=3),
 )

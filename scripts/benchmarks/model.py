@@ -42,6 +42,10 @@ class Target(Protocol):
     def is_met(self, row: Row, medians: Mapping[str, float]) -> bool | None:
         """Whether it is met by the medians of one run, by contender; None where what it needs was not measured."""
 
+    @property
+    def contenders(self) -> tuple[str, ...]:
+        """Whose figures decide it."""
+
 
 @dataclass(frozen=True)
 class Times:
@@ -58,6 +62,11 @@ class Times:
         """See :class:`Target`."""
         ratio = times_better(row, medians, self.peer)
         return None if ratio is None else ratio >= self.factor
+
+    @property
+    def contenders(self) -> tuple[str, ...]:
+        """See :class:`Target`."""
+        return COWKIT, self.peer
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,11 @@ class Limit:
         if ours is None:
             return None
         return ours >= self.value if row.better == "higher" else ours <= self.value
+
+    @property
+    def contenders(self) -> tuple[str, ...]:
+        """See :class:`Target`."""
+        return (COWKIT,)
 
 
 @dataclass(frozen=True)
@@ -111,3 +125,8 @@ class Experiment:
     """Whether `--quick` has it."""
     rounds: int | None = None
     """At most so many; as many as asked for, unless given."""
+
+    @property
+    def judged(self) -> frozenset[str]:
+        """The contenders whose figures decide a target."""
+        return frozenset(name for row in self.rows for target in row.targets for name in target.contenders)

@@ -27,10 +27,12 @@ def run(
     wanted: Iterable[str],
     *,
     rounds: int,
+    sparing: bool = False,
     progress: Callable[[int, str], None],
 ) -> Results:
     """Carry out ``experiments``; the rows called ``wanted`` are in the results.
 
+    :param sparing: whoever decides no target is measured in every third round only, to have time for those who do.
     :param progress: called before each measurement with the number of those that are done, and what is next.
     """
     begun = time.monotonic()
@@ -39,28 +41,29 @@ def run(
     names = set(wanted)
     done = 0
     for experiment in experiments:
-        contenders = contenders_of(experiment, quick=bench.quick)
         lines = {row.name: Line(experiment.group, row) for row in experiment.rows}
         results.lines.extend(line for name, line in lines.items() if name in names)
         out: dict[str, str] = {}
-        for _ in range(rounds_of(experiment, rounds)):
-            for contender in contenders:
-                progress(done, f"{experiment.rows[0].name}: {contender}")
-                done += 1
-                if contender not in out:
-                    _measure(bench, experiment, contender, lines, out)
+        for contender in turns_of(experiment, rounds, sparing=sparing, quick=bench.quick):
+            progress(done, f"{experiment.rows[0].name}: {contender}")
+            done += 1
+            if contender not in out:
+                _measure(bench, experiment, contender, lines, out)
         results.elapsed = time.monotonic() - begun
     return results
 
 
-def contenders_of(experiment: Experiment, *, quick: bool) -> tuple[str, ...]:
-    """Who takes part in a run."""
-    return tuple(name for name in experiment.contenders if not quick or name in _QUICK_CONTENDERS)
-
-
-def rounds_of(experiment: Experiment, rounds: int) -> int:
-    """How many rounds it gets of those asked for."""
-    return rounds if experiment.rounds is None else min(rounds, experiment.rounds)
+def turns_of(experiment: Experiment, rounds: int, *, sparing: bool, quick: bool) -> list[str]:
+    """Who is measured when, round by round; see :func:`run`."""
+    if experiment.rounds is not None:
+        rounds = min(rounds, experiment.rounds)
+    return [
+        name
+        for number in range(rounds)
+        for name in experiment.contenders
+        if not quick or name in _QUICK_CONTENDERS
+        if not sparing or name in experiment.judged or number % 3 == 0
+    ]
 
 
 def _measure(bench: Bench, experiment: Experiment, contender: str, lines: dict[str, Line], out: dict[str, str]) -> None:

@@ -24,7 +24,7 @@ from scripts.benchmarks.diff_rows import dirty_runs
 from scripts.benchmarks.figures import short, times
 from scripts.benchmarks.model import COWKIT, NBDKIT, QEMU, BenchError, Experiment, Limit, Row, Times, UnavailableError
 from scripts.benchmarks.results import Results
-from scripts.benchmarks.runner import run
+from scripts.benchmarks.runner import run, turns_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MIB = 1 << 20
@@ -133,6 +133,16 @@ def test_contenders_alternate_and_the_figure_is_the_median(tmp_path: Path) -> No
     results = results_of(tmp_path, Experiment("Fakes", (ROW,), (COWKIT, NBDKIT), measure), rounds=3)
     assert order == [COWKIT, NBDKIT] * 3
     assert results.lines[0].medians == {COWKIT: 2, NBDKIT: 6}
+
+
+def test_a_sparing_run_measures_whoever_decides_no_target_in_every_third_round() -> None:
+    one = fake(ROW, {COWKIT: [1], NBDKIT: [1], QEMU: [1]})
+    assert turns_of(one, 4, sparing=True, quick=False) == [
+        *(COWKIT, NBDKIT, QEMU),
+        *(COWKIT, NBDKIT) * 2,
+        *(COWKIT, NBDKIT, QEMU),
+    ]
+    assert turns_of(one, 4, sparing=False, quick=False) == [COWKIT, NBDKIT, QEMU] * 4
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ _SIZE = 512 << 10
 """Of the pipe, in bytes, which stands for 128 pages or larger pieces: 1.8 MB came from a Unix socket before it was full, and 3 MB
 over TCP on the loopback interface. An unprivileged user may have 64 MiB of pipes in all before new ones are made small (pipe(7))."""
 
-
-_AHEAD = 1 << 20
-"""How many bytes may wait in it, unless one payload is longer."""
+_AHEAD = 1536 << 10
+"""How many bytes may wait in it, unless one payload is longer: less than a connection's buffer holds, where they go if they are no long
+WRITE's. Rewriting by 1 MiB is a third faster than with 1 MiB."""
 
 _OFTEN = 128 << 10
 """After how many bytes that were written more is taken, and the most written at once: the client's socket holds but 208 KiB."""

@@ -5,8 +5,8 @@ interpreter: at each system call one loses it to another, and waking and switchi
 join a pool: one thread, the *leader*, waits for all of their sockets and carries out whatever has come, while the others sleep.
 
 Only what is quick is in the pool: connections to disks on local files. One leaves it for its own thread, for a good while, when it
-would have to wait for its client or for a checkpoint, or when a turn took long: a slow disk under the base holds the others up
-once.
+would have to wait for its client or for a checkpoint, or when its turns take long: a slow disk under the base holds the others up
+for a moment.
 
 The leader is one of the members' own threads, so there is no thread more than without. When its own connection leaves, the
 next member leads.
@@ -46,6 +46,12 @@ _APART = 256
 """Turns that a connection which had to leave the pool stays apart."""
 
 _SLOW_NS = 2_000_000
+"""A turn that took this long waited for a disk; or another process had the processor, where all of them are busy, for 3 ms or so."""
+_MOST_SLOW_NS = 20_000_000
+"""Of slow turns together, that others put up with."""
+_FORGIVEN_NS = 200_000
+"""For each quick turn. A leader that has to share its processor is well below that: leaving after each slow turn, four connections on two
+processors spent a third of their time in fighting for the interpreter."""
 
 
 class Member:
@@ -64,6 +70,8 @@ class Member:
         """Held while the thread is to sleep."""
         self.turn.acquire()
         self.crowd = 0
+        self._slow = 0
+        """What its slow turns took and is not forgiven, in nanoseconds."""
 
     def take_turn(self) -> bool:
         """Carry out what has come; whether the connection may stay in the pool."""
@@ -76,7 +84,15 @@ class Member:
         except BaseException as error:  # for the connection's own thread to tell
             self.error = error
             return False
-        return need is not Need.THREAD and perf_counter_ns() - begun < _SLOW_NS
+        taken = perf_counter_ns() - begun
+        if taken >= _SLOW_NS:
+            self._slow += taken
+        elif self._slow:
+            self._slow = max(0, self._slow - _FORGIVEN_NS)
+        if need is not Need.THREAD and self._slow < _MOST_SLOW_NS:
+            return True
+        self._slow = 0
+        return False
 
 
 class Pool:

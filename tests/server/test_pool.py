@@ -129,6 +129,37 @@ def test_what_had_to_leave_comes_back_in_time(clients: list[RawClient]) -> None:
     busy_by_turns(clients)
 
 
+@pytest.mark.parametrize(
+    ("turns", "stays"),
+    [
+        ([30], False),  # a disk that has to be waited for
+        ([8, 8, 8], False),
+        ([4], True),  # the system gave the processor to somebody else
+        (([4] + [0] * 30) * 20, True),
+        (([4] + [0] * 5) * 20, False),
+    ],
+)
+def test_who_took_long_leaves_unless_that_was_rare(
+    turns: list[int], *, stays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0
+
+    def steps() -> pool.Steps:
+        nonlocal now
+        yield pool.Need.BYTES
+        for milliseconds in turns:
+            now += milliseconds * 1_000_000
+            yield pool.Need.BYTES
+
+    monkeypatch.setattr(pool, "perf_counter_ns", lambda: now)
+    left, right = socket.socketpair()
+    with left, right:
+        work = steps()
+        next(work)
+        member = pool.Member(left, work)
+        assert all(member.take_turn() for _ in turns) == stays
+
+
 def test_checkpoints_and_rollbacks_reach_whom_the_pool_serves() -> None:
     with CowDisk(size=SIZE) as disk, ExitStack() as stack:
         clients = [stack.enter_context(RawClient(disk.socket)).negotiate("simple") for _ in range(CLIENTS)]

@@ -35,7 +35,7 @@ _MOST = 32
 _VAIN_COSTS = 8
 _LOST = -16
 """How much is left when it is used up."""
-_STARVED = -1000
+_STARVED = -100
 _NEVER = -(1 << 62)
 
 _AWAKE_MS = LONG_NS // 1_000_000

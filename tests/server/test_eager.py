@@ -122,7 +122,7 @@ def test_beside_a_thread_that_computes_it_sleeps(made: Client) -> None:
     for _ in range(500):
         wait()
         made.pause = 1 * US
-    assert made.looks <= 2
+    assert made.looks <= 6  # each costs as much as a wait does there: one in a hundred is not felt
 
 
 def test_with_one_processor_it_sleeps(made: Client, monkeypatch: pytest.MonkeyPatch) -> None:

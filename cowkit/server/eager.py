@@ -28,7 +28,7 @@ _SHORT_NS = 300_000
 """A wait that was this short might have been spared; longer than ``_LOOK_NS``, since it includes the waking."""
 
 _STARVED_NS = 1_000_000
-"""Looking took this long: the interpreter is busy with another thread."""
+"""Looking took this long: the interpreter is busy with another thread, or the processor with another process, which passes."""
 
 # Trust is earned by short waits and lost by looks in vain. From 1 on, looking is worth it.
 _MOST = 32
@@ -61,12 +61,15 @@ class EagerWait:
         """The next events, when there are any."""
         begun = perf_counter_ns()
         looked = self._trust > 0
-        events = self._look(begun) if looked else ()
+        events = seen = self._look(begun) if looked else ()
         if not events:
             events = self._sleep()
         now = perf_counter_ns()
-        if not looked and now - begun <= _SHORT_NS:
-            self._trust += 1
+        if not looked:
+            if now - begun <= _SHORT_NS:
+                self._trust += 1
+        elif seen and now - begun > _STARVED_NS:
+            self._trust = _STARVED
         if self._awake is not None:
             self._awake.waited(now - begun, now)
         return events

@@ -27,7 +27,7 @@ class Notices:
             raise ServerError(f"cannot reach the host of the disk: {error.strerror}; raise `ulimit -n`") from error
         self._on_notice = on_notice
         self._on_end = on_end
-        self._thread = QuietThread(target=self._listen, name="cowkit-notices", daemon=True)
+        self._thread = QuietThread(target=self._listen, name="cowkit-notices")
 
     @property
     def descriptor(self) -> int:
@@ -60,7 +60,7 @@ class Notices:
 
     def join(self) -> None:
         """Wait for the end, unless this is called by what is called from here."""
-        if self._thread.is_alive() and self._thread is not threading.current_thread():
+        if self._thread is not threading.current_thread():
             self._thread.join()
 
     def forget(self) -> None:

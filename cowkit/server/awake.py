@@ -214,7 +214,7 @@ def _end(child: int, gone: Callable[[], None] = _nothing) -> None:
     """Kill it, and call ``gone`` when it is gone, from another thread."""
     try:
         os.kill(child, signal.SIGKILL)
-        QuietThread(target=_reap, args=(child, gone), name="cowkit-reaper", daemon=True).start()
+        QuietThread(target=_reap, args=(child, gone), name="cowkit-reaper").start()
     except (RuntimeError, ProcessLookupError):  # no thread to be had, or no need for one
         _reap(child, gone)
 

@@ -130,7 +130,7 @@ class ControlServer:
         self._poll = select.poll()
         self._poll.register(self._wake, select.POLLIN)
         self._poll.register(listener, select.POLLIN)
-        self._thread = QuietThread(target=self._loop, name="cowkit-control", daemon=True)
+        self._thread = QuietThread(target=self._loop, name="cowkit-control")
         self._thread.start()
 
     def emit(self, event: str, data: Mapping[str, Any] | None = None) -> None:
@@ -297,7 +297,7 @@ class ControlServer:
 
         context = CommandContext(emit)
         worker = QuietThread(
-            target=self._run, args=(connection, request, context), name=f"cowkit-command-{request.command}", daemon=True
+            target=self._run, args=(connection, request, context), name=f"cowkit-command-{request.command}"
         )
         try:
             worker.start()

@@ -41,7 +41,7 @@ class ParentWatch:
         if os.getppid() != parent:  # it ended meanwhile, and the pidfd may be a stranger's
             self._forget()
         self._over = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._thread = QuietThread(target=self._watch, name="cowkit-parent", daemon=True)
+        self._thread = QuietThread(target=self._watch, name="cowkit-parent")
 
     def __enter__(self) -> Self:
         self._thread.start()

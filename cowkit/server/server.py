@@ -121,7 +121,7 @@ class NbdServer:
             self.uris = tuple(uri for uri in known if uri is not None)
             """Where clients connect: the Unix socket, TCP, vsock, and then the listeners that were given."""
             self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            self._acceptor = QuietThread(target=self._accept, name="cowkit-accept", daemon=True)
+            self._acceptor = QuietThread(target=self._accept, name="cowkit-accept")
             if start:
                 self.start()
         except BaseException:
@@ -270,7 +270,7 @@ class NbdServer:
     def _begin(self, stream: Stream, *, patient: bool = False, on_end: Callable[[], None] | None = None) -> bool:
         """Have a new thread serve the client; False if that cannot be: then the stream is closed."""
         connection = Connection(stream, self._shares, tls=self._tls, on_choice=self._choice)
-        thread = QuietThread(target=self._serve, args=(connection, on_end), name="cowkit-client", daemon=True)
+        thread = QuietThread(target=self._serve, args=(connection, on_end), name="cowkit-client")
         with self._lock:
             try:
                 if self._stopping:
@@ -345,7 +345,7 @@ class NbdServer:
         os.eventfd_write(self._wake, 1)
         # The collector may close a forgotten disk in any thread, these included.
         here = threading.current_thread()
-        if self._acceptor.ident is not None and self._acceptor is not here:
+        if self._acceptor is not here:
             self._acceptor.join()
         self._close_listeners()
         for thread in threads:

@@ -61,36 +61,31 @@ class EagerWait:
         """The next events, when there are any."""
         begun = perf_counter_ns()
         looked = self._trust > 0
-        events = seen = self._look(begun) if looked else ()
+        events = self._look(begun) if looked else ()
         if not events:
             events = self._sleep()
         now = perf_counter_ns()
-        if not looked:
-            if now - begun <= _SHORT_NS:
-                self._trust += 1
-        elif seen and now - begun > _STARVED_NS:
-            self._trust = _STARVED
+        if not looked and now - begun <= _SHORT_NS:
+            self._trust += 1
         if self._awake is not None:
             self._awake.waited(now - begun, now)
         return events
 
     def _look(self, begun: int) -> Events:
         poll, until = self._poll, begun + _LOOK_NS
-        while True:
-            if events := poll(0):
-                if self._trust < _MOST:
-                    self._trust += 1
-                return events
-            now = perf_counter_ns()
-            if now >= until:
-                break
+        events, now = poll(0), perf_counter_ns()
+        while not events and now < until:
+            events, now = poll(0), perf_counter_ns()
         if now - begun > _STARVED_NS:
             self._trust = _STARVED
+        elif events:
+            if self._trust < _MOST:
+                self._trust += 1
         else:
             self._trust -= _VAIN_COSTS
             if self._trust <= 0:
                 self._trust = _LOST
-        return ()
+        return events
 
     def _sleep(self) -> Events:
         if self._awake is not None and self._awake.running:

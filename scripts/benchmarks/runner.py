@@ -57,12 +57,13 @@ def turns_of(experiment: Experiment, rounds: int, *, sparing: bool, quick: bool)
     """Who is measured when, round by round; see :func:`run`."""
     if experiment.rounds is not None:
         rounds = min(rounds, experiment.rounds)
+    judged = experiment.judged
     return [
         name
         for number in range(rounds)
         for name in experiment.contenders
         if not quick or name in _QUICK_CONTENDERS
-        if not sparing or name in experiment.judged or number % 3 == 0
+        if not sparing or name in judged or number % 3 == 0
     ]
 
 

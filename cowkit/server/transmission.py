@@ -23,6 +23,7 @@ from cowkit.disk.owner_map import CHUNK_MASK, CHUNK_SHIFT
 from cowkit.errors import ProtocolError
 from cowkit.server import wire
 from cowkit.server.channel import Channel
+from cowkit.server.gathering import Gathering
 from cowkit.server.piped_writes import LONG, PipedWrites
 from cowkit.server.pool import Need, Steps, drive
 from cowkit.server.replies import Buffers, Dialect, Extended, Simple, Structured
@@ -40,6 +41,11 @@ _FEW = 4
 _DEEP = 64
 """A client that had more than ``_FEW`` buffers of replies at once, within so many batches, has many requests under way: it is still
 at the last replies, and the longer the next batch takes to begin, the more it holds. Others wait for us."""
+
+_HARDLY_ANY = 4
+"""Requests that are worth waiting for others, while the client has enough to do."""
+_SHORT = 4096
+"""Where a batch had no more bytes for each buffer, its replies were short: the client's time went into reading each, not into copying."""
 
 _MOST_BUFFERS = 512
 _MOST_BYTES = 4 << 20
@@ -123,6 +129,8 @@ class Transmission:
         bytes_needed, soon = Need.BYTES, Need.SOON  # looking up an enumeration's member takes 0.1 microseconds
         need = bytes_needed
         deep = 0
+        short = False  # whether the last replies were
+        gathering, hardly_any = Gathering(self._sock), _HARDLY_ANY * head
         piped_writes = self._piped_writes
         after_long = False  # whether long requests came last: then the next one's head is received by itself
         pooled: bool | None = None  # whether this is another connection's thread, which must not wait for our client
@@ -146,6 +154,11 @@ class Transmission:
                 if not count:
                     return
                 end += count
+            if deep and short and end - start < hardly_any and wanted == head and not pooled and gathering.nap():
+                try:
+                    end += receive_into(view[end:], 0, MSG_DONTWAIT)
+                except OSError:
+                    pass  # nothing came; or the client has gone, as the next receive will find
             wanted = head
             begun = start
             out: Buffers = []
@@ -224,6 +237,7 @@ class Transmission:
             elif deep:
                 deep -= 1
             need = bytes_needed if deep else soon
+            short = gathered <= len(out) * _SHORT
             if out:
                 try:
                     batch = out if len(out) <= IOV_MAX else out[:IOV_MAX]

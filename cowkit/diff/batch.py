@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import mmap
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from cowkit.diff.bulk_writer import UNDER_WAY
 from cowkit.disk.extent import Kind
 
 _MEMORY = 1 << 19
@@ -39,7 +41,7 @@ _FIRST_PARTS, _FIRST_CONTENT = 64, 1 << 20
 class Batch(NamedTuple):
     """Some ``runs``, in order, and the content of those that are ``DATA``, one after another.
 
-    The content is good until the next batch but one is asked for: meanwhile it can be written.
+    The content is good until the third batch after it is asked for: meanwhile it can be written, and another one behind it.
     """
 
     runs: list[Run]
@@ -65,8 +67,9 @@ class Batch(NamedTuple):
 class Gathering:
     """The batch that is coming together, and the memory that its content is read to.
 
-    There are two pieces of memory, used in turn: the next batch comes together while the last one is being written. They are
-    used again and again, since memory that is touched for the first time costs more than what is read into it.
+    There are three pieces of memory, used in turn: the next batch comes together while the last two are being written (``UNDER_WAY`` of
+    :mod:`cowkit.diff.bulk_writer`). They are used again and again, since memory that is touched for the first time costs more than what
+    is read into it.
 
     :param cluster_size: of the image, in bytes.
     :param in_parts: whether who takes the batches writes them in parts, so that some may lie elsewhere (:meth:`add_parts`).
@@ -79,7 +82,8 @@ class Gathering:
         self._most_parts, self._most_content = _FIRST_PARTS, _FIRST_CONTENT
         self._content = 0
         size = max(_MEMORY, cluster_size)
-        self._memory, self._other_memory = _pages(size), _pages(size)
+        self._memory = _pages(size)
+        self._others = deque(_pages(size) for _ in range(UNDER_WAY))
         self._filled = 0
         self._runs: list[Run] = []
 
@@ -134,7 +138,8 @@ class Gathering:
         batch = Batch(self._runs, self._memory[: self._filled], self._parts if self._in_parts else None)
         self._runs, self._parts, self._filled, self._content = [], [], 0, 0
         self._most_parts, self._most_content = _MOST_PARTS, _MOST_CONTENT
-        self._memory, self._other_memory = self._other_memory, self._memory
+        self._others.append(self._memory)
+        self._memory = self._others.popleft()
         return batch
 
 

@@ -8,7 +8,8 @@ first piece goes through the page cache, the second, if that was slow, around it
 Before a piece goes through the page cache, room is found for it (:mod:`cowkit.disk.room`).
 
 What is small or goes quickly is written at once. A large piece, and each one after a slow one, is written by a thread while the
-next piece comes together; for others, handing them to a thread and sharing the interpreter with it would take longer than it saves.
+next pieces come together; for others, handing them to a thread and sharing the interpreter with it would take longer than it saves.
+Two pieces may be under way: a single write may take ten times as long as the others, and the search for changes goes on meanwhile.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ _SMALL = 128 << 10
 _LARGE = 1 << 20
 """Bytes from which on a thread is worth while, however quickly they are written."""
 
+UNDER_WAY = 2
+"""Pieces that may be waiting to be written, or being written, when :meth:`BulkWriter.write` returns."""
+
 
 class BulkWriter:
     """Writes to one file.
@@ -59,18 +63,17 @@ class BulkWriter:
         # Queues, since ctrl-C may come at any moment: a condition's lock could be left in any state, a queue is one call.
         self._jobs: SimpleQueue[tuple[Sequence[memoryview], int, int] | None] = SimpleQueue()
         self._results: SimpleQueue[BaseException | None] = SimpleQueue()
-        self._under_way = False
+        self._under_way = 0
         self._thread: threading.Thread | None = None
 
     def write(self, pieces: Sequence[memoryview], length: int, offset: int) -> None:
-        """Have ``pieces`` written, one behind another, which must stay as they are until the next call returns.
+        """Have ``pieces`` written, one behind another, which must stay as they are until the next call but one returns.
 
         :param length: of all of them, in bytes.
-        :raises OSError: what the last write raised.
+        :raises OSError: what an earlier write raised.
         """
         if length < _SMALL:
-            if self._under_way:
-                self.drain()
+            self.drain()
             if self.replaces:
                 self.allocate(length, offset)
             self._pwritev(pieces, offset)
@@ -81,17 +84,22 @@ class BulkWriter:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="cowkit-diff-writer", daemon=True)
             self._thread.start()
-        self.drain()
-        self._under_way = True
+        while self._under_way >= UNDER_WAY:
+            self._settle()
+        self._under_way += 1
         self._jobs.put((pieces, length, offset))
 
     def drain(self) -> None:
-        """Wait until all is written; raises what the last write raised."""
-        if self._under_way:
-            error = self._results.get()
-            self._under_way = False
-            if error is not None:
-                raise error
+        """Wait until all is written; raises what a write raised."""
+        while self._under_way:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Wait for the first of those that are under way."""
+        error = self._results.get()
+        self._under_way -= 1
+        if error is not None:
+            raise error
 
     def close(self) -> None:
         """End the thread, when it has written what it is at."""

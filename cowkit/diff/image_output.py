@@ -15,7 +15,7 @@ class ImageOutput(Protocol):
         """Write all of ``data`` at ``offset``."""
 
     def pwrite_meanwhile(self, data: memoryview, offset: int) -> None:
-        """The same by the end; ``data`` stay as they are until the next call returns."""
+        """The same by the end; ``data`` stay as they are until the next call but one returns."""
 
     def pwrite_scattered(self, pieces: Sequence[tuple[memoryview, int]]) -> None:
         """Write pieces, each at the offset beside it, of a few KiB each; what was written meanwhile is written before."""

@@ -128,7 +128,7 @@ class AtomicOutput:
         self.bytes_written += len(data)
 
     def pwrite_meanwhile(self, data: memoryview, offset: int) -> None:
-        """Have ``data`` written by the time the block ends; they must stay as they are until the next call returns.
+        """Have ``data`` written by the time the block ends; they must stay as they are until the next call but one returns.
 
         :raises OutputError: an earlier piece found no room, or the system failed to write it.
         """

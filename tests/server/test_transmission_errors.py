@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Iterator
@@ -414,3 +415,37 @@ def test_what_is_whole_before_a_client_is_out_of_step_has_its_replies(server: Nb
                 assert (reply.cookie, reply.error) == (whole[0][0], 0)
                 assert other.at_end()
         assert client.read(600, 0) == b"\x14" * 600
+
+
+def test_a_block_that_cannot_be_written_again_is_told_in_words_and_the_connection_goes_on(
+    server: NbdServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(fd: int, data: memoryview, offset: int) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with RawClient(where(server)).negotiate() as first:
+        first.write(b"1" * BLOCK, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", broken)
+        client = RawClient(where(server)).negotiate()
+        reply = client.do(WRITE, 0, data=b"2" * BLOCK)
+    assert reply.error == EIO
+    assert "cannot write the overlay's file" in reply.message
+    with client:
+        assert client.read(BLOCK, 0) == b"1" * BLOCK
+
+
+def test_a_block_of_which_the_system_writes_a_part_again_is_written_as_a_whole(
+    server: NbdServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.pwrite
+
+    def half(fd: int, data: memoryview, offset: int) -> int:
+        return real(fd, data[: len(data) // 2], offset)
+
+    with RawClient(where(server)).negotiate() as first:
+        first.write(b"1" * BLOCK, 0)
+    monkeypatch.setattr(os, "pwrite", half)
+    with RawClient(where(server)).negotiate() as client:
+        client.write(b"2" * BLOCK, 0)
+        assert client.read(BLOCK, 0) == b"2" * BLOCK

@@ -25,6 +25,9 @@ replies of 4 KiB that were sent one by one, or two dozen that were sent together
 _NS_A_BYTE = 1
 """How long to nap for each byte more. A nap takes 50 microseconds more than that, the slack of the kernel's timers."""
 
+_LONGEST_NS = 60_000
+"""However much there is to read, no request waits longer, and that slack; longer naps save nothing more."""
+
 _COUNT = bytes(4)
 
 
@@ -44,5 +47,5 @@ class Gathering:
             return False
         if unread < _MUCH:
             return False
-        sleep((unread - _MUCH) * _NS_A_BYTE / 1e9)
+        sleep(min((unread - _MUCH) * _NS_A_BYTE, _LONGEST_NS) / 1e9)
         return True

@@ -5,11 +5,13 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import pytest
 
 from cowkit.server import gathering
 from cowkit.server.gathering import Gathering
+from cowkit.server.sending import make_room
 from cowkit.server.server import NbdServer
 from tests.server.raw_client import READ, TIMEOUT, RawClient, assert_serves, serving, where
 
@@ -46,15 +48,25 @@ def test_a_client_with_little_to_read_is_not_made_to_wait(
 def test_the_more_it_has_to_read_the_longer_the_nap(
     pair: tuple[socket.socket, socket.socket], naps: list[float]
 ) -> None:
-    for _ in range(2):
-        pair[0].send(bytes(70_000))
-        Gathering(pair[0]).nap()
-    assert len(naps) >= 1
-    assert naps == sorted(set(naps))
-    assert 0 < naps[-1] < 1e-3
+    for more in (95_000, 20_000):
+        pair[0].send(bytes(more))
+        assert Gathering(pair[0]).nap()
+    short, long = naps
+    assert 0 < short < long
 
-    pair[1].recv(140_000, socket.MSG_WAITALL)
+    pair[1].recv(115_000, socket.MSG_WAITALL)
     assert not Gathering(pair[0]).nap()
+
+
+def test_no_nap_is_longer_than_a_tenth_of_a_millisecond_however_much_there_is_to_read(
+    pair: tuple[socket.socket, socket.socket], naps: list[float]
+) -> None:
+    make_room(pair[0])
+    with suppress(BlockingIOError):
+        while True:
+            pair[0].send(bytes(4096))
+    assert Gathering(pair[0]).nap()
+    assert naps[0] <= 60e-6  # and 50 microseconds of slack
 
 
 def test_over_tcp_nobody_naps_since_the_kernel_does_not_tell_what_the_client_has_read(naps: list[float]) -> None:

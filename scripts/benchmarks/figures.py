@@ -18,16 +18,10 @@ def short(value: float | None) -> str:
 
 
 def times(ratio: float | None) -> str:
-    """How many times better, such as 2.5×."""
-    return (
-        MISSING
-        if ratio is None
-        else f"{ratio:.0f}×"
-        if ratio >= 99.5
-        else f"{ratio:.2g}×"
-        if ratio >= 10
-        else f"{ratio:.2f}×"
-    )
+    """How many times better, such as 2.51×. Cut, not rounded: what misses its target must not look as if it met it."""
+    if ratio is None:
+        return MISSING
+    return f"{int(ratio)}×" if ratio >= 10 else f"{int(ratio * 100 + 1e-9) / 100:.2f}×"
 
 
 def verdict(met: bool | None) -> str:

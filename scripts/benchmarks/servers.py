@@ -100,7 +100,7 @@ SERVERS = {
     "nbd-server": Server(
         "nbd-server", "nbd-server", "nbd-server", _nbd_server, separate=True, daemon=True, export="disk"
     ),
-    "nbdkit-null": Server("nbdkit null (bound)", "nbdkit", "nbdkit", _nbdkit("null", "SIZE")),
+    "nbdkit-null": Server("nbdkit null", "nbdkit", "nbdkit", _nbdkit("null", "SIZE")),
 }
 
 

@@ -455,3 +455,18 @@ def test_a_size_that_needs_larger_blocks_says_how_large() -> None:
         assert disk.pread(3, 1 << 43) == b"far"
     with pytest.raises(UsageError, match="256 PiB"):
         Disk(ZeroBase(1 << 60), block_size=4096)
+
+
+def test_a_checkpoint_of_another_disk_is_refused_in_words_that_fit_where_both_have_one_of_that_name(
+    tmp_path: Path,
+) -> None:
+    with Disk(ZeroBase(1 << 20), tmpdir=tmp_path) as one, Disk(ZeroBase(1 << 20), tmpdir=tmp_path) as other:
+        point = one.checkpoint("a")
+        with pytest.raises(CheckpointError, match=r"no checkpoint 'a' .any more.; it has: none"):
+            other.rollback(point)
+        other.checkpoint("a")
+        with pytest.raises(
+            CheckpointError, match=r"'a' that was given is another disk's.* has another one of that name"
+        ):
+            other.rollback(point)
+        other.rollback("a")

@@ -18,7 +18,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 from cowkit.disk.room import Room
 
@@ -35,6 +35,9 @@ _SMALL = 128 << 10
 
 _LARGE = 1 << 20
 """Bytes from which on a thread is worth while, however quickly they are written."""
+
+_BEGINS_WITHIN = 1.0
+"""Seconds in which a thread that was started has begun to run."""
 
 UNDER_WAY = 2
 """Pieces that may be waiting to be written, or being written, when :meth:`BulkWriter.write` returns."""
@@ -63,8 +66,10 @@ class BulkWriter:
         # Queues, since ctrl-C may come at any moment: a condition's lock could be left in any state, a queue is one call.
         self._jobs: SimpleQueue[tuple[Sequence[memoryview], int, int] | None] = SimpleQueue()
         self._results: SimpleQueue[BaseException | None] = SimpleQueue()
+        self._ended: SimpleQueue[None] = SimpleQueue()
         self._under_way = 0
         self._thread: threading.Thread | None = None
+        self._given_up = False
 
     def write(self, pieces: Sequence[memoryview], length: int, offset: int) -> None:
         """Have ``pieces`` written, one behind another, which must stay as they are until the next call but one returns.
@@ -83,7 +88,12 @@ class BulkWriter:
             return
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="cowkit-diff-writer", daemon=True)
-            self._thread.start()
+            try:
+                self._thread.start()
+            except RuntimeError:  # none is to be had
+                self._thread = None
+                self._put(pieces, length, offset)
+                return
         while self._under_way >= UNDER_WAY:
             self._settle()
         self._under_way += 1
@@ -102,17 +112,35 @@ class BulkWriter:
             raise error
 
     def close(self) -> None:
-        """End the thread, when it has written what it is at."""
-        if self._thread is not None:
-            self._jobs.put(None)
-            try:
-                self._thread.join()
-            except RuntimeError:
-                pass  # ctrl-C came while it was being started: if it is there, it finds that nothing is to be done
+        """End the thread, when it has written what it is at; what waits behind that is given up.
+
+        An interrupt waits for that, too: the descriptors that the thread writes to may be another file's a moment later.
+        """
+        self._given_up = True
+        thread, interrupt = self._thread, None
+        try:
+            runs = thread is not None
+            if runs:
+                self._jobs.put(None)
+            while thread is not None and runs:
+                try:
+                    # Not join(), which an interrupt has take a running thread for one that has ended (CPython 3.11).
+                    self._ended.get(timeout=_BEGINS_WITHIN)
+                    runs = False
+                except Empty:
+                    runs = thread.ident is not None  # ctrl-C may have come before it began
+                except KeyboardInterrupt as error:
+                    interrupt = error
             self._thread = None
-        if self._direct_fd >= 0:
-            os.close(self._direct_fd)
-            self._direct_fd = -1
+            if thread is not None and thread.ident is not None:
+                thread.join()
+        finally:
+            self.fd = -1
+            direct_fd, self._direct_fd = self._direct_fd, -1
+            if direct_fd >= 0:
+                os.close(direct_fd)
+        if interrupt is not None:
+            raise interrupt
 
     def allocate(self, length: int, offset: int) -> None:
         """Have the file system find room for a range of the file that is about to be written, where that pays."""
@@ -121,13 +149,14 @@ class BulkWriter:
     # In the thread
 
     def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
+        while (job := self._jobs.get()) is not None and not self._given_up:
             error: BaseException | None = None
             try:
                 self._put(*job)
             except BaseException as failure:
                 error = failure
             self._results.put(error)
+        self._ended.put(None)
 
     def _put(self, pieces: Sequence[memoryview], length: int, offset: int) -> None:
         begun = time.perf_counter()

@@ -252,13 +252,13 @@ class AtomicOutput:
         try:
             self._bulk.close()
         finally:
-            if self._temporary:
+            temporary, self._temporary = self._temporary, ""
+            fd, self._fd = self._fd, -1
+            if temporary:
                 with contextlib.suppress(OSError):
-                    os.unlink(self._temporary)
-                self._temporary = ""
-            if self._fd >= 0:
-                os.close(self._fd)
-                self._fd = -1
+                    os.unlink(temporary)
+            if fd >= 0:
+                os.close(fd)
 
 
 def _hold(path: str) -> int:

@@ -6,6 +6,7 @@ import errno
 import mmap
 import os
 import random
+import signal
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,14 +67,14 @@ def test_a_failure_in_the_thread_comes_out_at_the_next_call(tmp_path: Path) -> N
 
     writer = BulkWriter(fail)
     writer.path = str(tmp_path / "out")
-    writer.fd = os.open(writer.path, os.O_RDWR | os.O_CREAT)
+    writer.fd = fd = os.open(writer.path, os.O_RDWR | os.O_CREAT)
     try:
         writer.write([PIECES[2]], len(PIECES[2]), 0)  # large: the thread writes it
         with pytest.raises(OutputError, match="no room"):
             writer.drain()
     finally:
         writer.close()
-        os.close(writer.fd)
+        os.close(fd)
 
 
 def test_a_file_that_replaces_another_has_no_block_left_to_be_allocated(tmp_path: Path) -> None:
@@ -105,7 +106,7 @@ def test_when_the_third_call_returns_the_first_piece_is_written(tmp_path: Path) 
         written.append(offset)
 
     writer = BulkWriter(write)
-    writer.fd = os.open(tmp_path / "out", os.O_RDWR | os.O_CREAT)
+    writer.fd = fd = os.open(tmp_path / "out", os.O_RDWR | os.O_CREAT)
     piece = PIECES[2]
 
     def third() -> None:
@@ -127,7 +128,7 @@ def test_when_the_third_call_returns_the_first_piece_is_written(tmp_path: Path) 
     finally:
         may_go.set()
         writer.close()
-        os.close(writer.fd)
+        os.close(fd)
 
 
 def test_a_batch_stays_as_it_is_while_those_come_together_that_may_be_under_way_behind_it() -> None:
@@ -138,3 +139,47 @@ def test_a_batch_stays_as_it_is_while_those_come_together_that_may_be_under_way_
         gathering.add(number * 4096, 4096, Kind.DATA)
         batches.append(gathering.take())
     assert [bytes(batch.data) for batch in batches] == [bytes([number]) * 4096 for number in range(1 + UNDER_WAY)]
+
+
+def test_an_interrupt_of_close_waits_for_the_piece_that_is_being_written_and_gives_up_the_next(tmp_path: Path) -> None:
+    """The descriptors are closed behind it: whoever opens a file next may have the same numbers."""
+    began, may_go, late = threading.Event(), threading.Event(), threading.Event()
+    written: list[int] = []
+
+    def write(pieces: Sequence[memoryview], offset: int) -> None:
+        began.set()
+        may_go.wait(30)
+        late.wait(0.05)  # never set: a write that takes this long
+        written.append(offset)
+
+    def interrupt(number: int, frame: object) -> None:
+        may_go.set()
+        raise KeyboardInterrupt
+
+    writer = BulkWriter(write)
+    writer.fd = fd = os.open(tmp_path / "out", os.O_RDWR | os.O_CREAT)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        writer.write([PIECES[2]], len(PIECES[2]), 0)
+        writer.write([PIECES[2]], len(PIECES[2]), 1)
+        assert began.wait(30)
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(KeyboardInterrupt):
+            writer.close()
+        assert written == [0]
+        assert writer.fd == -1
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        may_go.set()
+        os.close(fd)
+
+
+def test_where_no_thread_is_to_be_had_pieces_are_written_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    write_all(tmp_path / "out")
+    assert (tmp_path / "out").read_bytes() == b"".join(PIECES)

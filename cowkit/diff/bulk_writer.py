@@ -128,11 +128,11 @@ class BulkWriter:
                     self._ended.get(timeout=_BEGINS_WITHIN)
                     runs = False
                 except Empty:
-                    runs = thread.ident is not None  # ctrl-C may have come before it began
+                    runs = thread.is_alive()  # ctrl-C may have come before it began; and a fork has none of its threads
                 except KeyboardInterrupt as error:
                     interrupt = error
             self._thread = None
-            if thread is not None and thread.ident is not None:
+            if thread is not None and thread.is_alive():
                 thread.join()
         finally:
             self.fd = -1

@@ -183,3 +183,15 @@ def test_where_no_thread_is_to_be_had_pieces_are_written_without(
     monkeypatch.setattr(threading.Thread, "start", refuse)
     write_all(tmp_path / "out")
     assert (tmp_path / "out").read_bytes() == b"".join(PIECES)
+
+
+def test_in_a_fork_which_has_no_such_thread_closing_does_not_wait_for_it(tmp_path: Path) -> None:
+    with AtomicOutput(tmp_path / "out") as output:
+        output.pwrite_meanwhile(PIECES[2], 0)
+        output.drain()
+        child = os.fork()
+        if not child:
+            signal.alarm(20)
+            output._bulk.close()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0

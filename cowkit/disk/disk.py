@@ -294,13 +294,11 @@ class Disk:
             if each is point or each.name == point:
                 return each
         name = point.name if isinstance(point, Checkpoint) else point
-        if any(each.name == name for each in self._checkpoints):
-            raise CheckpointError(
-                f"the checkpoint {name!r} that was given is another disk's, or was rolled back past: "
-                f"the disk has another one of that name; give the name to mean that"
-            )
         known = ", ".join(repr(each.name) for each in self._checkpoints) or "none"
-        raise CheckpointError(f"the disk has no checkpoint {name!r} (any more); it has: {known}")
+        other = ""
+        if any(each.name == name for each in self._checkpoints):
+            other = f"; that {name!r} is another one than was given: give the name to mean it"
+        raise CheckpointError(f"the disk has no checkpoint {name!r} (any more); it has: {known}{other}")
 
     def rollback(self, point: Checkpoint | str) -> None:
         """Be as at ``point``, which stays; later checkpoints are gone.

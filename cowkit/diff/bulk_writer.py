@@ -3,12 +3,14 @@
 Through the page cache, a write costs memory that is not there yet: cheap on most machines, but a page that a virtual machine
 touches for the first time can cost 25 microseconds, which is 0.4 s for 64 MiB. Around the page cache (O_DIRECT) it costs the
 disk's own time: 0.07 s there, and 0.4 s on a slow disk. Which is quicker is not for a program to know, but to measure: the
-first piece goes through the page cache, the second, if that was slow, around it, and all others the way that was quicker.
+first piece goes through the page cache, the second, if that was slow, around it, and all others the way that was quicker. Once the
+page cache has been quick, a single slow piece does not tell: now and then one takes ten times as long as those before and behind it.
 
 Before a piece goes through the page cache, room is found for it (:mod:`cowkit.disk.room`).
 
-What is small or goes quickly is written at once. A large piece, and each one after a slow one, is written by a thread while the
-next pieces come together; for others, handing them to a thread and sharing the interpreter with it would take longer than it saves.
+What goes quickly is written at once. After a piece that took its time, each one is written by a thread while the next pieces come
+together; for others, handing them to a thread and sharing the interpreter with it takes longer than it saves: of a difference of
+20 MiB a sixth, and half of the processor time.
 Two pieces may be under way: a single write may take ten times as long as the others, and the search for changes goes on meanwhile.
 """
 
@@ -17,6 +19,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
 
@@ -33,8 +36,8 @@ IOV_MAX = 1024
 _SMALL = 128 << 10
 """Bytes of a piece that tells nothing about the two ways, and that no thread is worth while for."""
 
-_LARGE = 1 << 20
-"""Bytes from which on a thread is worth while, however quickly they are written."""
+_WORTH_A_THREAD = 1 / (1 << 30)
+"""Seconds a byte from which on a thread is worth while: some more than the search for changes takes."""
 
 _BEGINS_WITHIN = 1.0
 """Seconds in which a thread that was started has begun to run."""
@@ -61,8 +64,10 @@ class BulkWriter:
         self._pwritev = pwritev
         self._direct_fd = -1
         self._room = Room()
-        self._cost: dict[bool, float] = {}
-        """Seconds a byte of the last piece, by whether it went around the page cache."""
+        self._costs: deque[float] = deque(maxlen=3)
+        """Seconds a byte of the last pieces that went through the page cache."""
+        self._cost_around: float | None = None
+        """The same of the last one that went around it; infinite if it cannot be done."""
         # Queues, since ctrl-C may come at any moment: a condition's lock could be left in any state, a queue is one call.
         self._jobs: SimpleQueue[tuple[Sequence[memoryview], int, int] | None] = SimpleQueue()
         self._results: SimpleQueue[BaseException | None] = SimpleQueue()
@@ -83,7 +88,7 @@ class BulkWriter:
                 self.allocate(length, offset)
             self._pwritev(pieces, offset)
             return
-        if length < _LARGE and self._cost.get(False, 0) <= _SLOW and self._thread is None:
+        if self._thread is None and self._cost() <= _WORTH_A_THREAD:
             self._put(pieces, length, offset)
             return
         if self._thread is None:
@@ -164,14 +169,19 @@ class BulkWriter:
         if not around:
             self.allocate(length, offset)
             self._pwritev(pieces, offset)
-        self._cost[around] = (time.perf_counter() - begun) / length
+        cost = (time.perf_counter() - begun) / length
+        if around:
+            self._cost_around = cost
+        else:
+            self._costs.append(cost)
 
     def _is_better_around(self) -> bool:
-        if False not in self._cost:
-            return False
-        if True not in self._cost:
-            return self._cost[False] > _SLOW
-        return self._cost[True] < self._cost[False]
+        return self._cost() > (_SLOW if self._cost_around is None else self._cost_around)
+
+    def _cost(self) -> float:
+        """Of the page cache, in seconds a byte: the middle one of the last three, the better one of two; 0 before the first."""
+        costs = sorted(self._costs)
+        return costs[(len(costs) - 1) // 2] if costs else 0.0
 
     def _put_around(self, pieces: Sequence[memoryview], length: int, offset: int) -> bool:
         """Whether it could be written around the page cache, as a whole; otherwise the other way shows what is wrong."""
@@ -182,5 +192,5 @@ class BulkWriter:
                 self._direct_fd = os.open(self.path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
             return os.pwritev(self._direct_fd, pieces, offset) == length
         except OSError:
-            self._cost[True] = float("inf")
+            self._cost_around = float("inf")
             return False

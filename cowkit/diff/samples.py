@@ -1,7 +1,7 @@
 """Tells blocks that differ for sure from others by their first bytes, so that most of the base need not be read.
 
 A block whose first bytes differ has changed; whether one has whose first bytes are equal, nobody knows before both are read as a
-whole. Of what was really changed, mostly, that is next to nothing: 128 bytes of 4 KiB are looked at on either side.
+whole. Of what was really changed, mostly, that is next to nothing: 64 bytes of 4 KiB are looked at on either side.
 
 The bytes are taken from mappings of the two files, into which Python must not look itself (:mod:`cowkit.disk.source`): one gathered
 write has the system collect hundreds of samples in a file of memory, and one read brings them here. Of 1 MiB in blocks of 4 KiB this
@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from operator import eq
 
-SAMPLE = 128
+SAMPLE = 64
 """Bytes of a block that are looked at."""
 
 MOST_SAMPLES = 1024
 """At once: pieces that a gathered write takes (IOV_MAX)."""
 
 _ZEROES = bytes(SAMPLE)
-_WORDS = SAMPLE // 8
+_WORD = 8
+_WORDS = SAMPLE // _WORD
 
 
 class Samples:
@@ -50,9 +50,11 @@ class Samples:
             return found
         other = self._base
         self._take(base, memoryview(other))
-        # Their first words tell nearly always, in a third of the time that a look at each sample takes.
+        # Their first words tell nearly always: none of them is zero in the difference of all, which large integers tell in a tenth of
+        # the time that a look at each sample takes.
         words, others = self._words[: len(now) * _WORDS : _WORDS], self._base_words[: len(now) * _WORDS : _WORDS]
-        if not any(map(eq, words.tolist(), others.tolist())):
+        differs = int.from_bytes(words.tobytes(), "little") ^ int.from_bytes(others.tobytes(), "little")
+        if differs.to_bytes(len(now) * _WORD, "little").find(_ZEROES[:_WORD]) < 0:
             return found
         alike = [at for at in range(len(now)) if other.startswith(view[at * size : at * size + size], at * size)]
         return sorted({*found, *alike}) if found or alike else found

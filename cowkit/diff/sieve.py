@@ -52,6 +52,7 @@ class Sieve:
         self._unit = unit
         self._cluster = cluster_size
         self._samples = Samples()
+        self._slices: list[slice] = []
         self._runs: list[_Run] = []
         self._units = 0
         self.longest = max(MOST_SAMPLES * unit // cluster_size, 1) * cluster_size
@@ -102,24 +103,33 @@ class Sieve:
         unit, base = self._unit, self._base
         if not runs:
             return
-        looks: list[slice] = []
-        for run in runs:
-            looks += map(slice, range(run.start, run.end, unit), range(run.start + SAMPLE, run.end + SAMPLE, unit))
         now: list[memoryview] = []
         for run in runs:
             for first, last, mapping in run.pieces:
-                now += map(mapping.__getitem__, looks[len(now) : len(now) + (last - first) // unit])
-        self._bytes_read += len(looks) * SAMPLE
-        old = None
+                now += map(mapping[first:last].__getitem__, self._beginnings((last - first) // unit))
+        self._bytes_read += len(now) * SAMPLE
+        old: list[memoryview] | None = None
         if not hole and base is not None:
-            old = list(map(base.__getitem__, looks))
-            self._bytes_read += len(looks) * SAMPLE
+            old = []
+            for start, end, _, _ in runs:
+                old += map(base[start:end].__getitem__, self._beginnings((end - start) // unit))
+            self._bytes_read += len(now) * SAMPLE
         try:
             unsure = self._samples.unsure(now, old)
         except OSError:  # who reads the files as a whole knows better what is wrong
-            unsure = list(range(len(looks)))
-        for index in unsure:
-            yield down(looks[index].start, self._cluster)
+            unsure = list(range(len(now)))
+        if unsure:
+            blocks = [at for start, end, _, _ in runs for at in range(start, end, unit)]
+            for index in unsure:
+                yield down(blocks[index], self._cluster)
+
+    def _beginnings(self, count: int) -> list[slice]:
+        """Where the samples of that many blocks in a row are. They are made once: to make them takes as long as to take one."""
+        made, unit = self._slices, self._unit
+        if len(made) < count:
+            begun, end = len(made) * unit, count * unit
+            made += map(slice, range(begun, end, unit), range(begun + SAMPLE, end + SAMPLE, unit))
+        return made[:count]
 
     def _split(self, run: _Run, unsure: set[int]) -> Iterator[Sifted]:
         """The run in ranges whose clusters are all sure or all unsure."""

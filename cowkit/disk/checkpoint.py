@@ -9,7 +9,7 @@ from types import TracebackType
 from cowkit.disk.base import Base
 from cowkit.disk.extent import Extent, Kind, merged
 from cowkit.disk.layer import Layer
-from cowkit.disk.owner_map import BASE, ZERO, FrozenMap
+from cowkit.disk.owner_map import BASE, FIRST_LAYER, ZERO, FrozenMap
 from cowkit.disk.source import Source
 from cowkit.errors import DiskClosedError, OutOfBoundsError
 
@@ -103,7 +103,8 @@ class FrozenView:
         :param since: only what was written or zeroed since this earlier view of the same disk.
         """
         earlier = None if since is None else since.map
-        return extents_of_runs(self.map.dirty_runs(since=earlier), self._shift, self.size)
+        one_layer = not any(self._sources[FIRST_LAYER + 1 :])
+        return extents_of_runs(self.map.dirty_runs(since=earlier, one_layer=one_layer), self._shift, self.size)
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """The range as ``DATA``, ``ZERO`` (zeroed in the overlay) and ``HOLE`` (of the base, or beyond its end).

@@ -124,20 +124,24 @@ class FrozenMap:
                 yield origin + start, origin + end, owner
             first = origin + stop
 
-    def dirty_runs(self, first: int = 0, last: int | None = None, since: FrozenMap | None = None) -> Iterator[Run]:
+    def dirty_runs(
+        self, first: int = 0, last: int | None = None, since: FrozenMap | None = None, *, one_layer: bool = False
+    ) -> Iterator[Run]:
         """The longest runs of blocks that are zeroed (said as ``ZERO``) or held by any layer (said as ``FIRST_LAYER``).
 
         :param since: only what has another owner than in this earlier copy of the map.
+        :param one_layer: of a map that nobody changes: no layer but ``FIRST_LAYER`` holds any block. To see to that for each block
+            takes four fifths of the time.
         """
-        return _joined(self._dirty_pieces(first, self.blocks if last is None else last, since))
+        return _joined(self._dirty_pieces(first, self.blocks if last is None else last, since, one_layer))
 
-    def _dirty_pieces(self, first: int, last: int, since: FrozenMap | None) -> Iterator[Run]:
+    def _dirty_pieces(self, first: int, last: int, since: FrozenMap | None, one_layer: bool) -> Iterator[Run]:
         for index in range(first >> CHUNK_SHIFT, (last + CHUNK_MASK) >> CHUNK_SHIFT):
             chunk = self.chunks[index]
             if chunk[0] == BASE and type(chunk) is bytes:
                 continue
             origin = index << CHUNK_SHIFT
-            kinds = chunk.translate(_KINDS)
+            kinds = chunk if one_layer else chunk.translate(_KINDS)
             if since is not None:
                 earlier = since.chunks[index]
                 if earlier is chunk:

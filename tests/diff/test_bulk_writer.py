@@ -32,6 +32,12 @@ PIECES = [
 ]
 
 
+@pytest.fixture
+def by_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have all pieces written by the thread, as they are after a slow one."""
+    monkeypatch.setattr("cowkit.diff.bulk_writer._WORTH_A_THREAD", -1.0)
+
+
 def write_all(path: Path) -> None:
     with AtomicOutput(path) as output:
         offset = 0
@@ -57,10 +63,48 @@ def test_all_pieces_arrive_whether_or_not_room_can_be_allocated_first(
         monkeypatch.setattr(os, "posix_fallocate", refuse)
     if slow:
         monkeypatch.setattr("cowkit.diff.bulk_writer._SLOW", 0.0)
+        monkeypatch.setattr("cowkit.diff.bulk_writer._WORTH_A_THREAD", 0.0)
     write_all(out)
     assert out.read_bytes() == b"".join(PIECES)
 
 
+HERE, THERE = "MainThread", "cowkit-diff-writer"
+
+
+@pytest.mark.parametrize(
+    ("slow", "writers"),
+    [
+        ([False, False, True, False, False], [HERE] * 5),
+        ([True, False, False], [HERE, THERE, THERE]),
+        ([False, True, True, False], [HERE, HERE, HERE, THERE]),
+    ],
+    ids=["one slow piece among quick ones", "the first piece is slow", "most are slow"],
+)
+def test_a_thread_writes_what_comes_once_the_page_cache_is_slow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: list[bool], writers: list[str]
+) -> None:
+    now = 0.0
+    found: list[str] = []
+
+    def write(pieces: Sequence[memoryview], offset: int) -> None:
+        nonlocal now
+        now += 60 * slow[len(found)]
+        found.append(threading.current_thread().name)
+
+    monkeypatch.setattr("cowkit.diff.bulk_writer.time.perf_counter", lambda: now)
+    writer = BulkWriter(write)
+    writer.fd = fd = os.open(tmp_path / "out", os.O_RDWR | os.O_CREAT)
+    try:
+        for _ in slow:
+            writer.write([PIECES[2]], len(PIECES[2]), 1)  # at an odd offset: through the page cache
+            writer.drain()
+    finally:
+        writer.close()
+        os.close(fd)
+    assert found == writers
+
+
+@pytest.mark.usefixtures("by_thread")
 def test_a_failure_in_the_thread_comes_out_at_the_next_call(tmp_path: Path) -> None:
     def fail(pieces: Sequence[memoryview], offset: int) -> None:
         raise OutputError("no room")
@@ -69,7 +113,7 @@ def test_a_failure_in_the_thread_comes_out_at_the_next_call(tmp_path: Path) -> N
     writer.path = str(tmp_path / "out")
     writer.fd = fd = os.open(writer.path, os.O_RDWR | os.O_CREAT)
     try:
-        writer.write([PIECES[2]], len(PIECES[2]), 0)  # large: the thread writes it
+        writer.write([PIECES[2]], len(PIECES[2]), 0)
         with pytest.raises(OutputError, match="no room"):
             writer.drain()
     finally:
@@ -97,6 +141,7 @@ def test_a_file_that_replaces_another_has_no_block_left_to_be_allocated(tmp_path
     assert sorted(allocated) == [(0, 4), (4096, 1 << 20), (4096 + (1 << 20), 64 << 10)]
 
 
+@pytest.mark.usefixtures("by_thread")
 def test_when_the_third_call_returns_the_first_piece_is_written(tmp_path: Path) -> None:
     may_go, returned = threading.Event(), threading.Event()
     written: list[int] = []
@@ -141,6 +186,7 @@ def test_a_batch_stays_as_it_is_while_those_come_together_that_may_be_under_way_
     assert [bytes(batch.data) for batch in batches] == [bytes([number]) * 4096 for number in range(1 + UNDER_WAY)]
 
 
+@pytest.mark.usefixtures("by_thread")
 def test_an_interrupt_of_close_waits_for_the_piece_that_is_being_written_and_gives_up_the_next(tmp_path: Path) -> None:
     """The descriptors are closed behind it: whoever opens a file next may have the same numbers."""
     began, may_go, late = threading.Event(), threading.Event(), threading.Event()
@@ -174,6 +220,7 @@ def test_an_interrupt_of_close_waits_for_the_piece_that_is_being_written_and_giv
         os.close(fd)
 
 
+@pytest.mark.usefixtures("by_thread")
 def test_where_no_thread_is_to_be_had_pieces_are_written_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,6 +232,7 @@ def test_where_no_thread_is_to_be_had_pieces_are_written_without(
     assert (tmp_path / "out").read_bytes() == b"".join(PIECES)
 
 
+@pytest.mark.usefixtures("by_thread")
 def test_in_a_fork_which_has_no_such_thread_closing_does_not_wait_for_it(tmp_path: Path) -> None:
     with AtomicOutput(tmp_path / "out") as output:
         output.pwrite_meanwhile(PIECES[2], 0)

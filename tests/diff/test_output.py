@@ -302,6 +302,7 @@ def test_ctrl_c_while_the_writers_thread_starts_leaves_nothing(tmp_path: Path, m
         raise KeyboardInterrupt
 
     monkeypatch.setattr(threading.Thread, "start", interrupted)
+    monkeypatch.setattr("cowkit.diff.bulk_writer._WORTH_A_THREAD", -1.0)
     before = set(os.listdir("/proc/self/fd"))
     with pytest.raises(KeyboardInterrupt), AtomicOutput(tmp_path / "out") as output:
         output.pwrite_meanwhile(memoryview(bytes(2 << 20)), 0)

@@ -191,7 +191,7 @@ def test_an_image_with_subclusters_is_one_that_its_own_reader_finds_sound(tmp_pa
 def test_nothing_that_is_still_being_written_is_filled_with_something_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Large pieces are written by a thread, from memory that is used again; small ones in between come from elsewhere."""
+    """Pieces are written by a thread, from memory that is used again; small ones in between come from elsewhere."""
     path = tmp_path / "base.img"
     path.write_bytes(random.Random(1).randbytes(48 * MIB))
     late = threading.Event()
@@ -202,6 +202,7 @@ def test_nothing_that_is_still_being_written_is_filled_with_something_else(
         put(self, pieces, length, offset)
 
     monkeypatch.setattr(BulkWriter, "_put", dawdling)
+    monkeypatch.setattr("cowkit.diff.bulk_writer._WORTH_A_THREAD", -1.0)
 
     def unsure(blocks: int, seed: int) -> bytes:
         return b"".join(bytes(SAMPLE) + noise(BLOCK - SAMPLE, seed + each) for each in range(blocks))

@@ -8,7 +8,7 @@ from typing import Literal
 from scripts.benchmarks.bench import GIB, MIB, Bench
 from scripts.benchmarks.fio import Load, fill, run_fio
 from scripts.benchmarks.model import COWKIT, NBDKIT, QEMU, Experiment, Row, Target, Times
-from scripts.benchmarks.processes import cpu_seconds
+from scripts.benchmarks.processes import cpu_seconds, wait_until_idle
 from scripts.benchmarks.servers import SERVERS, serving
 
 _WRITTEN_AREA = GIB // 4
@@ -42,6 +42,7 @@ def _experiment(
                 fill(served.uri, area=area, folder=room.folder)
             elif before == "striped":
                 fill(served.uri, area=area, folder=room.folder, stripe=65536)
+            wait_until_idle(served.child.pid)
             used = cpu_seconds(served.child.pid)
             done = run_fio(served.uri, load, area=area, seconds=bench.seconds, folder=room.folder)
             used = cpu_seconds(served.child.pid) - used

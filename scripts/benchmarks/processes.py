@@ -19,6 +19,8 @@ START_SECONDS = 20.0
 """How long a server may take until it answers."""
 _STOP_SECONDS = 10.0
 _END_SECONDS = 3.0
+_AT_REST_SECONDS = 0.06  # the kernel tells processor time in steps of 10 ms
+_COMES_TO_REST_SECONDS = 2.0
 _GREETING = b"NBDMAGIC"
 _TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -178,6 +180,19 @@ def wait_for_greeting(child: Child, address: str | tuple[str, int]) -> None:
         child.check()
         time.sleep(0.0001)
     raise BenchError(f"{child.name} did not greet a client within {START_SECONDS:g} s: {child.said()}")
+
+
+def wait_until_idle(pid: int) -> None:
+    """Wait until the process and those that it started have nothing more to do, for two seconds at the most.
+
+    A server may go on with its start when it has greeted a client, and that is no request's time.
+    """
+    until = time.monotonic() + _COMES_TO_REST_SECONDS
+    used, since = cpu_seconds(pid), time.monotonic()
+    while (now := time.monotonic()) < until and now - since < _AT_REST_SECONDS:
+        time.sleep(_AT_REST_SECONDS / 4)
+        if (more := cpu_seconds(pid)) != used:
+            used, since = more, time.monotonic()
 
 
 def family(pid: int) -> list[int]:

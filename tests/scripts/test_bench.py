@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scripts.benchmarks import catalog, markdown, picture, servers
+from scripts.benchmarks import catalog, markdown, picture, processes, servers
 from scripts.benchmarks.bench import Bench
 from scripts.benchmarks.command import main
 from scripts.benchmarks.diff_rows import dirty_runs
@@ -333,6 +333,16 @@ def test_a_server_that_is_not_installed_says_how_to_get_it(tmp_path: Path, monke
         servers.serving(NBDKIT, bench.image(MIB), bench.new_room()),
     ):
         pass
+
+
+def test_idle_is_who_uses_no_more_processor_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that works a quarter of a second, twice, with a pause that is shorter than those of one at rest."""
+    monkeypatch.setattr(processes, "_AT_REST_SECONDS", 0.5)  # a busy machine lets it wait for less than that
+    work = "until = time.process_time() + 0.25\nwhile time.process_time() < until: pass\n"
+    program = f"import time\n{work}time.sleep(0.1)\n{work}time.sleep(60)"
+    with processes.running([sys.executable, "-c", program]) as child:
+        processes.wait_until_idle(child.pid)
+        assert processes.cpu_seconds(child.pid) >= 0.5
 
 
 # Whole runs

@@ -12,7 +12,8 @@ from cowkit.cli.standard_error import note
 DESCRIPTION = (
     "Check the qcow2 difference DIFF: its header, tables and refcounts, whether its base is the one that it was made of, and whether "
     "cowkit's own reader and QEMU read the same from it and all that it stands on. Each extent that differs is named, with "
-    "status 1. A difference that is damaged, or of another base, is one line and status 2."
+    "status 1. A difference that is damaged, or of another base, is one line and status 2. Content that was damaged later on "
+    "reads well to everybody: only --against tells."
 )
 EXAMPLES = """
 cowkit verify diff.qcow2

@@ -64,7 +64,7 @@ class Batch(NamedTuple):
             at = end
 
 
-class Gathering:
+class BatchInProgress:
     """The batch that is coming together, and the memory that its content is read to.
 
     There are three pieces of memory, used in turn: the next batch comes together while the last two are being written (``UNDER_WAY`` of

@@ -122,23 +122,11 @@ class BulkWriter:
         An interrupt waits for that, too: the descriptors that the thread writes to may be another file's a moment later.
         """
         self._given_up = True
-        thread, interrupt = self._thread, None
+        interrupt = None
         try:
-            runs = thread is not None
-            if runs:
-                self._jobs.put(None)
-            while thread is not None and runs:
-                try:
-                    # Not join(), which an interrupt has take a running thread for one that has ended (CPython 3.11).
-                    self._ended.get(timeout=_BEGINS_WITHIN)
-                    runs = False
-                except Empty:
-                    runs = thread.is_alive()  # ctrl-C may have come before it began; and a fork has none of its threads
-                except KeyboardInterrupt as error:
-                    interrupt = error
-            self._thread = None
-            if thread is not None and thread.is_alive():
-                thread.join()
+            if self._thread is not None:
+                interrupt = self._end(self._thread)
+                self._thread = None
         finally:
             self.fd = -1
             direct_fd, self._direct_fd = self._direct_fd, -1
@@ -146,6 +134,24 @@ class BulkWriter:
                 os.close(direct_fd)
         if interrupt is not None:
             raise interrupt
+
+    def _end(self, thread: threading.Thread) -> KeyboardInterrupt | None:
+        """Wait until ``thread`` has ended; the interrupt that came meanwhile, if one did."""
+        interrupt = None
+        self._jobs.put(None)
+        runs = True
+        while runs:
+            try:
+                # Not join(), which an interrupt has take a running thread for one that has ended (CPython 3.11).
+                self._ended.get(timeout=_BEGINS_WITHIN)
+                runs = False
+            except Empty:
+                runs = thread.is_alive()  # ctrl-C may have come before it began; and a fork has none of its threads
+            except KeyboardInterrupt as error:
+                interrupt = error
+        if thread.is_alive():
+            thread.join()
+        return interrupt
 
     def allocate(self, length: int, offset: int) -> None:
         """Have the file system find room for a range of the file that is about to be written, where that pays."""

@@ -22,7 +22,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from cowkit.diff.base_map import BaseMap
-from cowkit.diff.batch import Batch, Gathering
+from cowkit.diff.batch import Batch, BatchInProgress
 from cowkit.diff.clusters import Part, by_cluster
 from cowkit.diff.qcow2.layout import down, image_size, up
 from cowkit.diff.sieve import LEAST_UNIT, Sieve
@@ -70,7 +70,7 @@ class Changes:
         self._written_on = written
         self._piece = max(_PIECE, cluster_size)
         self._map = BaseMap(view)
-        self._batch = Gathering(cluster_size, in_parts=in_parts)
+        self._batch = BatchInProgress(cluster_size, in_parts=in_parts)
         self._mapped = view.base.view if in_parts else None
         self._sieve: Sieve | None = None
         if in_parts and self._unit >= LEAST_UNIT and (self._mapped is not None or isinstance(view.base, ZeroBase)):

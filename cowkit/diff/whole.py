@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from cowkit.diff.base_map import BaseMap
-from cowkit.diff.batch import Batch, Gathering
+from cowkit.diff.batch import Batch, BatchInProgress
 from cowkit.diff.changed import Changes
 from cowkit.diff.qcow2.layout import down, up
 from cowkit.disk.extent import Kind
@@ -29,7 +29,7 @@ class Whole:
         self._changes = changes
         self._cluster = cluster_size
         self._map = BaseMap(view)
-        self._batch = Gathering(cluster_size)
+        self._batch = BatchInProgress(cluster_size)
         self._zeroes = bytes(cluster_size)
 
     def __iter__(self) -> Iterator[Batch]:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 
 from scripts.benchmarks.bench import Bench
-from scripts.benchmarks.model import Experiment, Row
+from scripts.benchmarks.model import NBDKIT_4K, Experiment, Row
 from scripts.benchmarks.servers import SERVERS, serving
 from scripts.benchmarks.timing import timed
 
@@ -23,7 +23,7 @@ EXPERIMENTS = (
         "Copy",
         (Row("nbdcopy", "nbdcopy of a whole disk to null:", "MB/s", picture=True),),
         # The null plugin has no data for nbdcopy to ask for.
-        tuple(name for name in SERVERS if name not in ("nbdkit-cow-4k", "nbdkit-null")),
+        tuple(name for name in SERVERS if name not in (NBDKIT_4K, "nbdkit-null")),
         _copy,
         ("nbdcopy",),
         quick=True,

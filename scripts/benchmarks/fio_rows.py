@@ -7,7 +7,7 @@ from typing import Literal
 
 from scripts.benchmarks.bench import GIB, MIB, Bench
 from scripts.benchmarks.fio import Load, fill, run_fio
-from scripts.benchmarks.model import COWKIT, NBDKIT, QEMU, Experiment, Row, Target, Times
+from scripts.benchmarks.model import COWKIT, NBDKIT, NBDKIT_4K, QEMU, Experiment, Row, Target, Times
 from scripts.benchmarks.processes import cpu_seconds, wait_until_idle
 from scripts.benchmarks.servers import SERVERS, serving
 
@@ -63,7 +63,7 @@ def _experiment(
 
 def _takes_part(name: str, load: Load, before: Before) -> bool:
     server = SERVERS[name]
-    if name == "nbdkit-cow-4k":  # the block's size matters where less than a block is written
+    if name == NBDKIT_4K:  # the block's size matters where less than a block is written
         return load.kind == "randwrite"
     if server.separate:  # what another connection has written is not there
         return load.jobs == 1 and before == "nothing"

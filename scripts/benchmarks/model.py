@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 COWKIT = "cowkit"
 NBDKIT = "nbdkit-cow"
+NBDKIT_4K = "nbdkit-cow-4k"
 QEMU = "qemu-nbd"
 
 Better = Literal["higher", "lower"]

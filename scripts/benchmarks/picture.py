@@ -5,11 +5,11 @@ from __future__ import annotations
 from xml.sax.saxutils import escape
 
 from scripts.benchmarks.figures import short, times
-from scripts.benchmarks.model import COWKIT, NBDKIT, QEMU
+from scripts.benchmarks.model import COWKIT, NBDKIT, NBDKIT_4K, QEMU
 from scripts.benchmarks.results import Line, Results
 from scripts.benchmarks.servers import label_of
 
-_SHOWN = (COWKIT, NBDKIT, QEMU)
+_SHOWN = (COWKIT, NBDKIT, NBDKIT_4K, QEMU)
 _WIDTH = 900
 _LABELS = 360  # the bars begin there, in pixels
 _BARS = 400  # the length of the longest bar
@@ -18,10 +18,10 @@ _STYLE = """
 text { font: 12px system-ui, sans-serif; fill: #24292f; }
 .title { font-size: 15px; font-weight: 600; }
 .small { font-size: 10px; fill: #57606a; }
-.b0 { fill: #1a7f5a; } .b1 { fill: #8c959f; } .b2 { fill: #c5ccd3; }
+.b0 { fill: #1a7f5a; } .b1 { fill: #6e7781; } .b2 { fill: #9aa4ae; } .b3 { fill: #c5ccd3; }
 @media (prefers-color-scheme: dark) {
   text { fill: #e6edf3; } .small { fill: #9198a1; }
-  .b0 { fill: #3fb983; } .b1 { fill: #7d8590; } .b2 { fill: #4a525b; }
+  .b0 { fill: #3fb983; } .b1 { fill: #959da8; } .b2 { fill: #6b737d; } .b3 { fill: #4a525b; }
 }
 """
 
@@ -33,7 +33,7 @@ def draw(results: Results) -> str:
     y = _TOP
     for line in lines:
         parts.append(_bars(line, y))
-        y += len(_SHOWN) * (_BAR + _GAP) + _ROW_GAP
+        y += len(_shown(line)) * (_BAR + _GAP) + _ROW_GAP
     machine = results.machine()
     versions = ", ".join(
         f"{name} {results.versions[name]}" for name in ("nbdkit", "qemu-nbd") if name in results.versions
@@ -55,16 +55,23 @@ def _legend() -> str:
     for index, name in enumerate(_SHOWN):
         found.append(f'<rect class="b{index}" x="{x}" y="33" width="{_BAR}" height="{_BAR}"/>')
         found.append(f'<text class="small" x="{x + 14}" y="41">{escape(label_of(name))}</text>')
-        x += 110
+        x += 34 + 6 * len(label_of(name))
     return "".join(found)
+
+
+def _shown(line: Line) -> list[str]:
+    """Whose bars a row has: nbdkit's with blocks of 4 KiB only where they were measured."""
+    return [name for name in _SHOWN if name != NBDKIT_4K or name in line.medians]
 
 
 def _bars(line: Line, y: int) -> str:
     medians = line.medians
-    most = max((medians[name] for name in _SHOWN if name in medians), default=0) or 1
-    found = [f'<text x="12" y="{y + 20}">{escape(line.row.title)}</text>']
-    for index, name in enumerate(_SHOWN):
-        top = y + index * (_BAR + _GAP)
+    shown = _shown(line)
+    most = max((medians[name] for name in shown if name in medians), default=0) or 1
+    found = [f'<text x="12" y="{y + len(shown) * (_BAR + _GAP) // 2 + 4}">{escape(line.row.title)}</text>']
+    for place, name in enumerate(shown):
+        index = _SHOWN.index(name)
+        top = y + place * (_BAR + _GAP)
         value = medians.get(name)
         length = 0 if value is None else max(1, round(_BARS * value / most))
         said = short(value) if value is None else f"{short(value)} {line.row.unit}"

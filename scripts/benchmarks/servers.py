@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from urllib.parse import quote
 
 from scripts.benchmarks.bench import Room
-from scripts.benchmarks.model import COWKIT, NBDKIT, QEMU, UnavailableError
+from scripts.benchmarks.model import COWKIT, NBDKIT, NBDKIT_4K, QEMU, UnavailableError
 from scripts.benchmarks.processes import Child, running, wait_for_greeting
 
 COWKIT_COMMAND = os.path.join(os.path.dirname(sys.executable), "cowkit")
@@ -90,7 +90,7 @@ def _nbd_server(image: str, size: int, folder: str, where: Place) -> list[str]:
 SERVERS = {
     COWKIT: Server("cowkit", COWKIT_COMMAND, "", _cowkit),
     NBDKIT: Server("nbdkit cow", "nbdkit", "nbdkit", _nbdkit("--filter=cow", "file", "IMAGE")),
-    "nbdkit-cow-4k": Server(
+    NBDKIT_4K: Server(
         "nbdkit cow, 4K blocks",
         "nbdkit",
         "nbdkit",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cowkit.diff.batch import Gathering
+from cowkit.diff.batch import BatchInProgress
 from cowkit.diff.bulk_writer import UNDER_WAY, BulkWriter
 from cowkit.diff.output import AtomicOutput
 from cowkit.disk.extent import Kind
@@ -177,12 +177,12 @@ def test_when_the_third_call_returns_the_first_piece_is_written(tmp_path: Path) 
 
 
 def test_a_batch_stays_as_it_is_while_those_come_together_that_may_be_under_way_behind_it() -> None:
-    gathering = Gathering(4096)
+    progress = BatchInProgress(4096)
     batches = []
     for number in range(1 + UNDER_WAY):
-        gathering.space(4096)[:] = bytes([number]) * 4096
-        gathering.add(number * 4096, 4096, Kind.DATA)
-        batches.append(gathering.take())
+        progress.space(4096)[:] = bytes([number]) * 4096
+        progress.add(number * 4096, 4096, Kind.DATA)
+        batches.append(progress.take())
     assert [bytes(batch.data) for batch in batches] == [bytes([number]) * 4096 for number in range(1 + UNDER_WAY)]
 
 

@@ -22,7 +22,18 @@ from scripts.benchmarks.bench import Bench
 from scripts.benchmarks.command import main
 from scripts.benchmarks.diff_rows import dirty_runs
 from scripts.benchmarks.figures import short, times
-from scripts.benchmarks.model import COWKIT, NBDKIT, QEMU, BenchError, Experiment, Limit, Row, Times, UnavailableError
+from scripts.benchmarks.model import (
+    COWKIT,
+    NBDKIT,
+    NBDKIT_4K,
+    QEMU,
+    BenchError,
+    Experiment,
+    Limit,
+    Row,
+    Times,
+    UnavailableError,
+)
 from scripts.benchmarks.results import Results
 from scripts.benchmarks.runner import run, turns_of
 
@@ -268,13 +279,20 @@ def test_an_output_in_a_folder_that_is_not_there_is_refused_before_anything_is_m
 def test_the_picture_is_a_drawing_with_a_bar_for_each_contender_within_its_frame(tmp_path: Path) -> None:
     root = ET.fromstring(picture.draw(two_rows(tmp_path)))
     width, height = (float(root.attrib[name]) for name in ("width", "height"))
-    bars = list(root.iter(f"{SVG}rect"))[3:]  # behind the legend's
+    bars = list(root.iter(f"{SVG}rect"))[4:]  # behind the legend's
     assert [float(bar.attrib["width"]) for bar in bars[:3]] == [400, 133, 67]
     assert len(bars) == 6
     for bar in bars:
         assert float(bar.attrib["x"]) + float(bar.attrib["width"]) < width
         assert float(bar.attrib["y"]) + float(bar.attrib["height"]) < height
     assert "what it costs <each>" in {each.text for each in root.iter(f"{SVG}text")}
+
+
+def test_the_picture_has_a_bar_for_nbdkit_with_small_blocks_in_the_rows_that_have_it(tmp_path: Path) -> None:
+    results = results_of(tmp_path, fake(ROW, {COWKIT: [200], NBDKIT: [100], NBDKIT_4K: [400], QEMU: [50]}))
+    bars = list(ET.fromstring(picture.draw(results)).iter(f"{SVG}rect"))[4:]
+    assert [float(bar.attrib["width"]) for bar in bars] == [200, 100, 400, 50]
+    assert len({bar.attrib["class"] for bar in bars}) == 4
 
 
 # The image, what is dirty, and the servers
@@ -360,7 +378,7 @@ def test_a_run_measures_all_contenders_and_writes_all_its_outputs(
     rows = {row["name"]: row for row in json.loads(files[0].read_text())["rows"]}
     assert set(rows) == set(names)
     assert all(row["notes"] == {} and min(row["medians"].values()) >= 0 for row in rows.values())
-    assert set(rows["read-4k-d32"]["medians"]) == set(servers.SERVERS) - {"nbdkit-cow-4k"}
+    assert set(rows["read-4k-d32"]["medians"]) == set(servers.SERVERS) - {NBDKIT_4K}
     assert "nbd-server" not in rows["fresh-4k-c4"]["medians"]  # each of the four would have a disk of its own
     ET.parse(files[1])
     assert "4 KiB random read, depth 32" in files[2].read_text()

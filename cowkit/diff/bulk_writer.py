@@ -73,6 +73,7 @@ class BulkWriter:
         self._results: SimpleQueue[BaseException | None] = SimpleQueue()
         self._ended: SimpleQueue[None] = SimpleQueue()
         self._under_way = 0
+        self._process = os.getpid()
         self._thread: threading.Thread | None = None
         self._given_up = False
 
@@ -139,19 +140,29 @@ class BulkWriter:
         """Wait until ``thread`` has ended; the interrupt that came meanwhile, if one did."""
         interrupt = None
         self._jobs.put(None)
-        runs = True
-        while runs:
+        writes = True
+        while writes:
             try:
-                # Not join(), which an interrupt has take a running thread for one that has ended (CPython 3.11).
-                self._ended.get(timeout=_BEGINS_WITHIN)
-                runs = False
-            except Empty:
-                runs = thread.is_alive()  # ctrl-C may have come before it began; and a fork has none of its threads
+                writes = not self._has_written(thread)
             except KeyboardInterrupt as error:
                 interrupt = error
-        if thread.is_alive():
-            thread.join()
+        try:
+            if thread.ident is not None:
+                thread.join()  # it has nothing left to do; and a fork has none of its threads
+        except KeyboardInterrupt as error:
+            interrupt = error
         return interrupt
+
+    def _has_written(self, thread: threading.Thread) -> bool:
+        """Wait a while for ``thread`` to come to its end; whether it has, or never began."""
+        if self._process != os.getpid():
+            return True
+        try:
+            # Not join() or is_alive(), which an interrupt has take a running thread for one that has ended (CPython 3.11).
+            self._ended.get(timeout=_BEGINS_WITHIN)
+        except Empty:
+            return thread.ident is None  # ctrl-C may have come before it began
+        return True
 
     def allocate(self, length: int, offset: int) -> None:
         """Have the file system find room for a range of the file that is about to be written, where that pays."""

@@ -18,6 +18,7 @@ again, since memory that is touched for the first time costs more than what is r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -74,7 +75,8 @@ class Changes:
         self._mapped = view.base.view if in_parts else None
         self._sieve: Sieve | None = None
         if in_parts and self._unit >= LEAST_UNIT and (self._mapped is not None or isinstance(view.base, ZeroBase)):
-            self._sieve = Sieve(view, self._map, self._mapped, self._unit, cluster_size)
+            with suppress(OSError):  # no descriptor is left: then all is read as a whole
+                self._sieve = Sieve(view, self._map, self._mapped, self._unit, cluster_size)
         self._sparse = view.base.sparse
         self._progress = progress
         self._total = view.dirty_bytes if progress is not None else 0

@@ -29,7 +29,7 @@ from cowkit.diff.resized import is_resized
 from cowkit.diff.scattered import settled
 from cowkit.diff.whole import Whole
 from cowkit.disk.view_base import ViewBase
-from cowkit.errors import OutputError, UsageError
+from cowkit.errors import OutputError, OverlayError, UsageError
 
 if TYPE_CHECKING:
     from cowkit.diff.view import View
@@ -186,12 +186,15 @@ NATIVE = Native()
 
 @contextmanager
 def _base_blamed(base: Base) -> Iterator[None]:
-    """A write from the base's mapping that fails since the base was cut short is a fault of the base, not of the image."""
+    """A write from a mapping that fails since its file was cut short is a fault of the base or the overlay, not of the image."""
     try:
         yield
     except OutputError as error:
         if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EFAULT:
             base.verify()
+            raise OverlayError(
+                "the overlay's file cannot be read any more: it was cut short, or its disk fails"
+            ) from error
         raise
 
 

@@ -25,7 +25,12 @@ _WORDS = SAMPLE // _WORD
 
 
 class Samples:
-    """Room for :data:`MOST_SAMPLES` samples of either side. Close it when done."""
+    """Room for :data:`MOST_SAMPLES` samples of either side. Close it when done.
+
+    :raises OSError: there is no descriptor left for it.
+    """
+
+    _fd = -1
 
     def __init__(self) -> None:
         self._fd = os.memfd_create("cowkit-samples", os.MFD_CLOEXEC)
@@ -73,3 +78,7 @@ class Samples:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
+
+    def __del__(self) -> None:
+        """For whom an interrupt kept from closing it."""
+        self.close()

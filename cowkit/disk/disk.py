@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 from cowkit.disk.base import Base
 from cowkit.disk.checkpoint import Checkpoint, FrozenView, extents_of_runs
@@ -114,7 +115,8 @@ class Disk:
         self._owner = os.getpid()
         self._shift = block_size.bit_length() - 1
         self._checkpoints: list[Checkpoint] = []
-        self._views: dict[FrozenView, int] = {}
+        # Weak, since an interrupt may keep somebody from closing a view.
+        self._views: WeakKeyDictionary[FrozenView, int] = WeakKeyDictionary()
         self.keeps_last = False
         """Whether closing leaves :attr:`last`."""
         self.last: LastState | None = None
@@ -375,7 +377,7 @@ class Disk:
 
     def _forget_views_above(self, depth: int) -> None:
         """Views that need layers which the disk drops: they hold them by themselves and are no concern of ours any more."""
-        self._views = {view: needed for view, needed in self._views.items() if needed <= depth}
+        self._views = WeakKeyDictionary({view: needed for view, needed in self._views.items() if needed <= depth})
 
     def _view_closed(self, view: FrozenView) -> None:
         # What was written while the view was open lies in a layer of its own. Bring the two together again, in steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from xml.sax.saxutils import escape
 
 from scripts.benchmarks.figures import short, times
@@ -29,7 +30,7 @@ text { font: 12px system-ui, sans-serif; fill: #24292f; }
 def draw(results: Results) -> str:
     """The rows that are meant for it: a bar for each contender, in parts of the row's largest figure."""
     lines = [line for line in results.lines if line.row.picture and COWKIT in line.medians]
-    parts = [f'<text class="title" x="12" y="22">{escape("cowkit beside nbdkit and QEMU")}</text>', _legend()]
+    parts = [f'<text class="title" x="12" y="22">{escape("cowkit beside nbdkit and QEMU")}</text>', _legend(lines)]
     y = _TOP
     for line in lines:
         parts.append(_bars(line, y))
@@ -49,10 +50,12 @@ def draw(results: Results) -> str:
     )
 
 
-def _legend() -> str:
+def _legend(lines: Sequence[Line]) -> str:
     found = []
     x = _LABELS
     for index, name in enumerate(_SHOWN):
+        if name == NBDKIT_4K and not any(name in line.medians for line in lines):
+            continue
         found.append(f'<rect class="b{index}" x="{x}" y="33" width="{_BAR}" height="{_BAR}"/>')
         found.append(f'<text class="small" x="{x + 14}" y="41">{escape(label_of(name))}</text>')
         x += 34 + 6 * len(label_of(name))
@@ -60,23 +63,25 @@ def _legend() -> str:
 
 
 def _shown(line: Line) -> list[str]:
-    """Whose bars a row has: nbdkit's with blocks of 4 KiB only where they were measured."""
-    return [name for name in _SHOWN if name != NBDKIT_4K or name in line.medians]
+    """Whose bars a row has: theirs who were measured."""
+    return [name for name in _SHOWN if name in line.medians]
 
 
 def _bars(line: Line, y: int) -> str:
     medians = line.medians
     shown = _shown(line)
-    most = max((medians[name] for name in shown if name in medians), default=0) or 1
+    most = max(medians[name] for name in shown) or 1
     found = [f'<text x="12" y="{y + len(shown) * (_BAR + _GAP) // 2 + 4}">{escape(line.row.title)}</text>']
     for place, name in enumerate(shown):
         index = _SHOWN.index(name)
         top = y + place * (_BAR + _GAP)
-        value = medians.get(name)
-        length = 0 if value is None else max(1, round(_BARS * value / most))
-        said = short(value) if value is None else f"{short(value)} {line.row.unit}"
-        ratio = line.ratio(name) if name != COWKIT else None
-        if ratio is not None:
+        value = medians[name]
+        length = max(1, round(_BARS * value / most))
+        said = f"{short(value)} {line.row.unit}"
+        ratio = line.ratio(name)
+        if name == COWKIT:
+            said += ": less is better" if line.row.better == "lower" else ""
+        elif ratio is not None:
             said += f" ({times(ratio)})"
         found.append(f'<rect class="b{index}" x="{_LABELS}" y="{top}" width="{length}" height="{_BAR}" rx="1"/>')
         found.append(f'<text class="small" x="{_LABELS + length + 5}" y="{top + 8}">{escape(said)}</text>')

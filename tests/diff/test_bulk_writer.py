@@ -221,6 +221,43 @@ def test_an_interrupt_of_close_waits_for_the_piece_that_is_being_written_and_giv
 
 
 @pytest.mark.usefixtures("by_thread")
+def test_an_interrupt_while_close_asks_whether_the_thread_lives_does_not_end_the_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, may_go = threading.Event(), threading.Event()
+    written: list[int] = []
+
+    def write(pieces: Sequence[memoryview], offset: int) -> None:
+        began.set()
+        may_go.wait(30)
+        written.append(offset)
+
+    def interrupt(number: int, frame: object) -> None:
+        signal.signal(signal.SIGALRM, let_go)
+        raise KeyboardInterrupt
+
+    def let_go(number: int, frame: object) -> None:
+        may_go.set()
+
+    monkeypatch.setattr("cowkit.diff.bulk_writer._BEGINS_WITHIN", 0.0)  # it asks all the time
+    writer = BulkWriter(write)
+    writer.fd = fd = os.open(tmp_path / "out", os.O_RDWR | os.O_CREAT)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        writer.write([PIECES[2]], len(PIECES[2]), 0)
+        assert began.wait(30)
+        signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
+        with pytest.raises(KeyboardInterrupt):
+            writer.close()
+        assert written == [0]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        may_go.set()
+        os.close(fd)
+
+
+@pytest.mark.usefixtures("by_thread")
 def test_where_no_thread_is_to_be_had_pieces_are_written_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

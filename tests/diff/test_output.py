@@ -308,3 +308,33 @@ def test_ctrl_c_while_the_writers_thread_starts_leaves_nothing(tmp_path: Path, m
         output.pwrite_meanwhile(memoryview(bytes(2 << 20)), 0)
     assert names(tmp_path) == []
     assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_ctrl_c_while_a_replaced_file_is_let_go_of_leaves_no_descriptor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: threading.Thread) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    out.write_bytes(b"x" * (8 << 20))
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    before = set(os.listdir("/proc/self/fd"))
+    with pytest.raises(KeyboardInterrupt), AtomicOutput(out) as output:
+        output.pwrite(b"new", 0)
+    assert out.read_bytes() == b"new"
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_forked_child_that_fails_leaves_its_parents_file_alone(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with AtomicOutput(out) as output:
+        child = os.fork()
+        if not child:
+            try:
+                output.__exit__(RuntimeError, RuntimeError(), None)
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        output.pwrite(b"new", 0)
+    assert out.read_bytes() == b"new"

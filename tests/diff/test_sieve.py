@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import threading
@@ -237,3 +238,20 @@ def test_a_run_whose_blocks_lie_in_two_layers_in_turn_is_written(tmp_path: Path,
             write_diff(view, tmp_path / "d.qcow2", backing_file=None)
         with Qcow2Image(tmp_path / "d.qcow2") as image:
             assert image.pread(image.size, 0) == content(disk)
+
+
+def test_without_a_descriptor_for_samples_all_is_read_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(name: str, flags: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    path = tmp_path / "base.img"
+    path.write_bytes(random.Random(1).randbytes(4 * MIB))
+    base = FileBase(path)
+    with Disk(base, tmpdir=tmp_path) as disk:
+        disk.pwrite(noise(MIB, 2), MIB)
+        monkeypatch.setattr(os, "memfd_create", refuse)
+        report = diff(disk, tmp_path / "d.qcow2")
+        assert report.changed_bytes == MIB
+        assert read_with_cowkit(tmp_path / "d.qcow2", base) == content(disk)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cowkit.disk import Disk, FileBase, ZeroBase
+from cowkit.disk import Disk, FileBase, FrozenView, ZeroBase
 from cowkit.errors import CheckpointError, DiskClosedError, OverlayFullError
 from tests.limits import files_limited_to
 
@@ -120,6 +120,22 @@ def test_a_child_forked_while_threads_write_can_let_go_of_the_disk() -> None:
             ended.set()
             for thread in threads:
                 thread.join()
+
+
+def test_views_whose_closing_was_interrupted_leave_no_layers_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(self: Disk, view: FrozenView) -> None:
+        raise KeyboardInterrupt
+
+    with Disk(ZeroBase(64 * BLOCK)) as disk:
+        for block in range(4):
+            disk.pwrite(b"w" * BLOCK, block * BLOCK)
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(Disk, "_view_closed", interrupted)
+                disk.freeze().close()
+        disk.pwrite(b"w" * BLOCK, 4 * BLOCK)
+        disk.freeze().close()
+        assert len(disk.overlay.layers) == 1
+        assert disk.pread(6 * BLOCK, 0) == b"w" * 5 * BLOCK + bytes(BLOCK)
 
 
 def test_a_layer_is_not_used_again_while_somebody_has_a_view_of_it() -> None:

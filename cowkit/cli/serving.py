@@ -18,7 +18,7 @@ from cowkit.cli.shares import shared_commands
 from cowkit.cow_disk import CowDisk
 from cowkit.disk.sizes import format_size
 from cowkit.errors import UsageError
-from cowkit.server import awake
+from cowkit.server import counting
 from cowkit.server.control import ControlServer
 from cowkit.server.listener import uri_of
 from cowkit.server.runtime import (
@@ -211,8 +211,8 @@ class Serving:
         )
         directory = make_socket_dir()
         undo.callback(remove_socket_dir, directory)
-        awake.allow()
-        undo.callback(awake.allow, yes=False)
+        counting.allow()
+        undo.callback(counting.allow, yes=False)
         self.server = self._listen(directory)
         """Who serves it."""
         undo.callback(self.server.stop)  # before its directory goes

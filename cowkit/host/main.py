@@ -15,7 +15,7 @@ import threading
 
 from cowkit.host.calls import Calls
 from cowkit.hosting.channel import Channel
-from cowkit.server import awake
+from cowkit.server import counting
 
 _END_SECONDS = 5
 """How long closing may take. A file system that does not answer must not keep the process."""
@@ -31,7 +31,7 @@ def main(control: int, owner: int) -> None:
         # A handler that does nothing, for what is ignored stays so in the programs that are started from here.
         signal.signal(number, lambda *_: None)
     _raise_limit()
-    awake.allow()
+    counting.allow()
     served: list[tuple[threading.Thread, Channel]] = []
     calls = Calls()
     channels = socket.socket(fileno=control)  # open until the process ends: that is how the owner learns of it

@@ -1,44 +1,36 @@
-"""Keeping a client's processor from halting while the client and the server answer each other.
+"""Sparing a client and the server the waking of processors while they answer each other.
 
-A client that sends one request at a time sleeps until the reply is there, and its processor, with nothing else to do, halts. On a
-virtual machine it is the host that has to wake it: 30 to 150 microseconds for each reply, where the request itself takes 10. So
-meanwhile a process that only counts runs there, in the class (SCHED_IDLE) that every other process goes before at once: 4 KiB random
-reads at depth 1 gain half, writes are twice as fast and more (Linux 6.18, two processors of a busy host).
+A client that waits for each reply sleeps meanwhile, and its processor, with nothing else to do, halts. On a virtual machine it is
+the host that has to wake it: 30 to 150 microseconds for each reply, where the request itself takes 10. A process that only counts
+(:mod:`cowkit.server.counting`) spares them that, in one of two ways:
+
+- *Together*: with two processors, and a client that sends one short request at a time. The process takes one of them, as nice as can
+  be, and the system has client and server take turns on the other; the thread need not look for requests then. 4 KiB requests at
+  depth 1 gain a sixth over the other way, for half the processor time (Linux 6.18, in alternating rounds). A process of the class
+  SCHED_IDLE would not do: to the system a processor is free that has nothing else, and waking the client there is what costs.
+- *Apart*: the process keeps the client's processor from halting, in the class that every other process goes before at once. Reads
+  at depth 1 gain half, writes are twice as fast and more; long writes, which client and server work at side by side, gain as well.
 
 What it takes is a processor that nobody wanted, so it is done only where that pays, and by :mod:`cowkit.server.eager` only while
 requests keep coming:
 
-- after a trial: it goes on if the client's next request comes clearly sooner than without;
+- after a trial: it goes on if the client's requests come clearly quicker than without; if not, it rests, and tries the other way;
 - not where processor time is rationed (cgroup quotas): the tests need theirs;
-- not in other people's processes, who might meet a child that they do not know of: see :func:`allow`.
-
-The process holds nothing of ours, so it may be kept from running as long as the system likes; and it ends by itself after a second
-of counting, whatever becomes of us. Where all processors are busy it takes up to a second to die, too, once it is killed, so nobody
-waits for that but a thread.
+- not in other people's processes, who might meet a child that they do not know of: see :func:`cowkit.server.counting.allow`.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import socket
-import struct
 import threading
-from collections.abc import Callable, Iterator
-from time import perf_counter_ns
 
-from cowkit.server.quiet_thread import QuietThread
+from cowkit.server.counting import SECONDS, begin_behind, begin_beside, end, is_allowed, is_rationed
 
-_SHELL = "/bin/sh"
-_MEMBERSHIPS = "/proc/self/cgroup"
-_CGROUPS = "/sys/fs/cgroup"
-_COUNT = "cd / && ulimit -t 1 && while :; do :; done"
-_NAME = "cowkit-awake"
-"""What `ps` shows behind that."""
 LONG_NS = 20_000_000
 """A wait as long as this was no wait for an answer, nor a moment in which the host had other things to do."""
-_RENEW_NS = 900_000_000
-"""Before the second is over that ``_COUNT`` has."""
+_RENEW_NS = 900_000_000 * SECONDS
+"""After so long another one takes its place, before its processor time is over."""
 
 _SLOW_NS = 1_000_000
 _SLOW = 8
@@ -48,92 +40,94 @@ _SAMPLES = 64
 """Waits that a judgement is made of: at depth 1 some 5 milliseconds; starting a process takes 1 ms."""
 _MOST_NS = 100_000
 """What a wait counts for at most: a single one of milliseconds, of a host that is busy, would outweigh all others."""
+_MOST_ROUND_NS = 200_000
+"""What the time from one wait's end to the next one's counts for at most."""
 _WORTH = _SAMPLES * 10_000
 """From how many nanoseconds on there may be something to gain from so many waits."""
 _SETTLING = 16
-"""Waits that are not looked at after the start."""
+_SETTLING_NS = 3_000_000
+"""Waits, and time, that are not looked at after the start: it takes the process a while to begin, and the system to make room for it."""
+_CHANCES = 3
+"""Judgements of which one has to be good for a trial to be passed."""
 _GAIN = 0.8
-"""The trial is passed if the waits take at most so much of what they took."""
+"""The trial is passed if what is compared takes at most so much of what it took without: together, requests; apart, waits."""
 _PROVEN_NS = 2_000_000_000
 """For how long after a trial that was passed no other is needed."""
 _REST_NS = 50_000_000
 """From a failed trial to the next; twice as long each time."""
 
-_NOTHING = [(os.POSIX_SPAWN_OPEN, fd, "/dev/null", os.O_RDWR, 0) for fd in range(3)]
-
-_closed: list[tuple[int, int]] = []
-"""Closes what whoever started us has left us, such as a lock or a pipe that somebody waits at; our own files are closed anyway."""
-_allowed = False
 _one = threading.Lock()
 """One counting process for all of ours; held until it is gone. (While one is renewed there are two.)"""
 
 
-def may_be_eager() -> bool:
-    """Whether processor time may be spent on quicker answers: unless ``COWKIT_EAGER=0`` forbids it."""
-    return os.environ.get("COWKIT_EAGER", "") != "0"
-
-
-def allow(*, yes: bool = True) -> None:
-    """This process is the server's own: a child that nobody expects does no harm in it. ``COWKIT_EAGER=0`` forbids it anyway.
-
-    So does ignoring SIGCHLD: children vanish unseen then, and their numbers may be somebody else's when they are to be killed.
-    """
-    global _allowed, _closed  # noqa: PLW0603  # a process is its own or is not
-    _allowed = yes and may_be_eager() and signal.getsignal(signal.SIGCHLD) != signal.SIG_IGN
-    if _allowed:
-        _closed = [(os.POSIX_SPAWN_CLOSE, fd) for fd in _inheritable()]
-
-
-def _inheritable() -> Iterator[int]:
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            if int(name) > 2 and os.get_inheritable(int(name)):
-                yield int(name)
-        except OSError:
-            pass  # that of the listing
-
-
 class Awake:
-    """Keeps the processor of the client at the other end of ``sock`` awake, when that pays. For one thread."""
+    """Has a process count for the client at the other end of ``sock``, when that pays. For one thread."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._child: int | None = None
         self._started = 0
+        self.together = False
+        """Whether the process runs, for the client to run where we do. Looking for requests would keep it from that."""
+        self._prefers_together = True
         self._waits = 0
         self._waited = 0
         self._slow = 0
-        self._without = 0
-        """What ``_SAMPLES`` waits took without the process."""
+        self._single = 0
+        self._took = 0
+        self._last = 0
+        self._without = 0.0
+        """What the waits, or requests, of a judgement took without the process."""
         self._settling = 0
         self._passed = False
+        self._chances = 0
+        self._proven_together = False
         self._proven = 0
         """Until when another trial would be passed."""
         self._rest = _REST_NS
         self._not_before = 0
 
-    def waited(self, nanoseconds: int, now: int) -> None:
-        """The client's next request came after so long, at ``now`` of the clock of :func:`time.perf_counter_ns`."""
+    def waited(self, nanoseconds: int, now: int, *, single: bool = False) -> None:
+        """The client's next bytes came after so long, at ``now`` of the clock of :func:`time.perf_counter_ns`.
+
+        :param single: that was the next request, of a client that makes one at a time.
+        """
+        took, self._last = now - self._last, now
         if nanoseconds > LONG_NS:
             self.stop()
             return
         if self._child is not None and now - self._started > _RENEW_NS:
             self._renew(now)
         if self._settling:
-            self._settling -= 1
+            if self._settling > 1 or now - self._started > _SETTLING_NS:
+                self._settling -= 1
             return
         self._waits += 1
         self._waited += min(nanoseconds, _MOST_NS)
+        self._took += min(took, _MOST_ROUND_NS)
+        if single:
+            self._single += 1
         if nanoseconds > _SLOW_NS:
             self._slow += 1
-        if self._waits < _SAMPLES:
-            return
-        waited, slow = self._waited, self._slow > _SLOW
-        self._waits = self._waited = self._slow = 0
+        if self._waits == _SAMPLES:
+            self._judge(now)
+
+    def _judge(self, now: int) -> None:
+        waited, took, single, slow = self._waited, self._took, self._single, self._slow > _SLOW
+        self._waits = self._waited = self._took = self._single = self._slow = 0
+        one_at_a_time = single > _SAMPLES // 2
         if self._child is None:
-            if _allowed and waited > _WORTH and not slow and now >= self._not_before:
-                self._begin(waited, now)
-        elif slow or not (self._passed or waited <= _GAIN * self._without):
+            if is_allowed() and waited > _WORTH and not slow and now >= self._not_before:
+                together = one_at_a_time and self._prefers_together and len(os.sched_getaffinity(0)) == 2
+                self._begin(took / single if together else waited, now, together=together)
+        elif self.together and not one_at_a_time:
+            self.stop()
+        elif slow or not (self._passed or (took / single if self.together else waited) <= _GAIN * self._without):
+            self._chances -= 1
+            if self._chances and not slow and not self._passed:
+                return
+            if not slow and one_at_a_time:
+                self._prefers_together = not self.together
             self.stop()
             self._proven = 0
             self._leave_it(now)
@@ -148,22 +142,27 @@ class Awake:
         return self._child is not None
 
     def stop(self) -> None:
-        """The client takes its time, or has gone: let the processor halt."""
-        self._waits = self._waited = self._slow = self._settling = 0
+        """The client takes its time, or has gone: end the process."""
+        self._waits = self._waited = self._took = self._single = self._slow = self._settling = 0
         if self._child is not None:
             if not self._passed:  # a client that comes in short bursts is not worth a process for each
                 self._not_before = self._started + _REST_NS
-            _end(self._child, _one.release)
+            end(self._child, _one.release)
             self._child = None
-        self._passed = False
+        self._passed = self.together = False
 
-    def _begin(self, without: int, now: int) -> None:
+    def _begin(self, without: float, now: int, *, together: bool) -> None:
         if not _one.acquire(blocking=False):
             return
         self._without = without
+        self._chances = _CHANCES
         self._settling = _SETTLING
-        self._child = None if _is_rationed() else self._spawn()
+        if together != self._proven_together:
+            self._proven = 0
+        self._proven_together = self.together = together
+        self._child = None if is_rationed() else self._start(now)
         if self._child is None:
+            self.together = False
             _one.release()
             self._leave_it(now)
         else:
@@ -174,93 +173,14 @@ class Awake:
         self._rest *= 2
 
     def _renew(self, now: int) -> None:
-        new = self._spawn()
+        new = self._start(now)
         if new is None:
             self.stop()
             self._leave_it(now)
         elif self._child is not None:
-            _end(self._child)
+            end(self._child)
         self._child = new
 
-    def _spawn(self) -> int | None:
-        where: set[int] = set()
-        if len(os.sched_getaffinity(0)) > 2:  # with two, it finds the one that we are not on
-            processor = _processor(self._sock)
-            if processor is None:
-                return None
-            where = {processor}
-        try:
-            child = os.posix_spawn(
-                _SHELL, ["sh", "-c", _COUNT, _NAME], {}, file_actions=[*_NOTHING, *_closed], setsigmask=[]
-            )
-        except OSError:
-            return None
-        try:
-            os.sched_setscheduler(child, os.SCHED_IDLE, os.sched_param(0))
-            if where:
-                os.sched_setaffinity(child, where)
-        except OSError:
-            _end(child)
-            return None
-        self._started = perf_counter_ns()
-        return child
-
-
-def _nothing() -> None:
-    pass
-
-
-def _end(child: int, gone: Callable[[], None] = _nothing) -> None:
-    """Kill it, and call ``gone`` when it is gone, from another thread."""
-    try:
-        os.kill(child, signal.SIGKILL)
-        QuietThread(target=_reap, args=(child, gone), name="cowkit-reaper").start()
-    except (RuntimeError, ProcessLookupError):  # no thread to be had, or no need for one
-        _reap(child, gone)
-
-
-def _reap(child: int, gone: Callable[[], None]) -> None:
-    try:
-        os.waitpid(child, 0)
-    except ChildProcessError:
-        pass
-    gone()
-
-
-def _processor(sock: socket.socket) -> int | None:
-    """Where the client ran last; None if that cannot be known."""
-    try:
-        if sock.family != socket.AF_UNIX:
-            processor = sock.getsockopt(socket.SOL_SOCKET, socket.SO_INCOMING_CPU)
-            return processor if processor >= 0 else None  # -1: not this kind of socket, such as vsock
-        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        peer, _, _ = struct.unpack("3i", credentials)
-        with open(f"/proc/{peer}/stat", "rb") as file:  # the name in it may end within a character
-            return int(file.read().rpartition(b")")[2].split()[36])  # proc_pid_stat(5): processor, field 39
-    except (OSError, AttributeError, ValueError, IndexError):
-        return None
-
-
-def _is_rationed() -> bool:
-    """Whether a cgroup that this process is in has a quota of processor time."""
-    try:
-        with open(_MEMBERSHIPS, errors="surrogateescape") as file:
-            groups = [line.rstrip("\n").split(":", 2) for line in file]
-    except OSError:
-        return True
-    for _, controllers, path in groups:
-        version_1 = "cpu" in controllers.split(",")
-        if controllers and not version_1:
-            continue
-        root, name = (f"{_CGROUPS}/cpu", "cpu.cfs_quota_us") if version_1 else (_CGROUPS, "cpu.max")
-        while True:
-            try:
-                with open(os.path.join(root + path.rstrip("/"), name)) as file:
-                    if file.read().split()[0] not in ("max", "-1"):
-                        return True
-            except (OSError, IndexError):
-                pass  # the controller is not on here, or the folder is not mounted
-            if path in ("/", ""):
-                break
-            path = os.path.dirname(path)
-    return False
+    def _start(self, now: int) -> int | None:
+        self._started = now
+        return begin_beside() if self.together else begin_behind(self._sock)

@@ -19,7 +19,8 @@ from collections.abc import Callable, Sequence
 from time import perf_counter_ns
 from typing import Any
 
-from cowkit.server.awake import LONG_NS, Awake, may_be_eager
+from cowkit.server.awake import LONG_NS, Awake
+from cowkit.server.counting import may_be_eager
 
 _LOOK_NS = 200_000
 """How long to look: a client on a virtual machine takes 20 to 150 microseconds from a reply to its next request."""
@@ -57,18 +58,21 @@ class EagerWait:
         may = len(os.sched_getaffinity(0)) > 1 and may_be_eager()
         self._trust = 0 if may else _NEVER
 
-    def __call__(self) -> Events:
-        """The next events, when there are any."""
-        begun = perf_counter_ns()
-        looked = self._trust > 0
+    def __call__(self, *, single: bool = False) -> Events:
+        """The next events, when there are any.
+
+        :param single: what :class:`Awake` is told.
+        """
+        begun, awake = perf_counter_ns(), self._awake
+        looked = self._trust > 0 and not (awake is not None and awake.together)
         events = self._look(begun) if looked else ()
         if not events:
             events = self._sleep()
         now = perf_counter_ns()
-        if not looked and now - begun <= _SHORT_NS:
+        if not looked and now - begun <= _SHORT_NS and self._trust < _MOST:
             self._trust += 1
-        if self._awake is not None:
-            self._awake.waited(now - begun, now)
+        if awake is not None:
+            awake.waited(now - begun, now, single=single)
         return events
 
     def _look(self, begun: int) -> Events:

@@ -33,6 +33,7 @@ class Need(Enum):
 
     BYTES = "something to receive"
     SOON = "something to receive, which the client may be about to send: it waits for what it has just got"
+    NEXT = "the same, where that was the reply to a single request"
     THREAD = "a thread that may wait: for the client, mostly"
 
 
@@ -190,7 +191,7 @@ def drive(steps: Steps, channel: Channel, *, may_join: bool) -> None:
     wait = EagerWait(ready.poll, awake)
     member = Member(channel, steps)
     may_join = may_join and _INTERPRETER_IS_SHARED
-    soon, thread = Need.SOON, Need.THREAD  # as in Transmission
+    soon, next_one, thread = Need.SOON, Need.NEXT, Need.THREAD  # as in Transmission
     try:
         for need in steps:
             if need is thread:
@@ -203,7 +204,9 @@ def drive(steps: Steps, channel: Channel, *, may_join: bool) -> None:
                 if member.ended:
                     return
                 continue
-            if need is soon:
+            if need is next_one:
+                wait(single=True)
+            elif need is soon:
                 wait()
             elif awake.running:
                 awake.stop()  # a client with many requests under way does not sleep

@@ -1,38 +1,25 @@
-"""When a process that counts keeps a client's processor awake, with a clock and processes of the test's own; and the real one."""
+"""When a process counts for a client, and in which way, with a clock and processes of the test's own."""
 
 from __future__ import annotations
 
 import errno
 import os
-import resource
 import signal
 import socket
-import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
-from cowkit.server import awake
+from cowkit.server import awake, counting, wire
 from cowkit.server.awake import Awake
-from tests.server.raw_client import RawClient
+from tests.server.raw_client import RawClient, serving, where
 
 US = 1000
 MS = 1000 * US
 SLOW = 40 * US
 """A wait of a client whose processor has to be woken."""
 QUICK = 10 * US
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def until(true: Callable[[], object]) -> None:
-    end = time.monotonic() + 20
-    while not true():
-        assert time.monotonic() < end
 
 
 class System:
@@ -44,10 +31,15 @@ class System:
         self.dying: list[Callable[[], None]] = []
         self.die_at_once = True
         self.started = 0
+        self.single = False
+        """Whether the client makes one request at a time."""
+        self.carrying_out = 0
+        """What the server takes for each, in nanoseconds."""
         self.places: list[set[int]] = []
-
-    def clock(self) -> int:
-        return self.now
+        self.behind: list[int] = []
+        """Of the class that every other process goes before."""
+        self.beside: list[int] = []
+        """As nice as can be."""
 
     def spawn(self, path: str, *_: object, **__: object) -> int:
         self.started += 1
@@ -67,49 +59,38 @@ class System:
     def wait(self, client: Awake, times: int, nanoseconds: int) -> None:
         """So many waits of this length."""
         for _ in range(times):
-            self.now += nanoseconds
-            client.waited(nanoseconds, self.now)
+            self.now += self.carrying_out + nanoseconds
+            client.waited(nanoseconds, self.now, single=self.single)
 
     def start(self, client: Awake) -> None:
         """As many waits as it takes to start the trial."""
         self.wait(client, awake._SAMPLES, SLOW)
         assert client.running
 
+    def settle(self, client: Awake) -> None:
+        """As many waits as it takes until they count, and none that does."""
+        self.now += awake._SETTLING_NS
+        self.wait(client, awake._SETTLING, QUICK)
+
     def pass_trial(self, client: Awake) -> None:
-        self.wait(client, awake._SETTLING + awake._SAMPLES, QUICK)
+        self.settle(client)
+        self.wait(client, awake._SAMPLES, QUICK)
         assert client.running
 
     def fail_trial(self, client: Awake) -> None:
         assert client.running
-        self.wait(client, awake._SETTLING + awake._SAMPLES, SLOW)
+        self.settle(client)
+        self.wait(client, awake._CHANCES * awake._SAMPLES, SLOW)
         assert not client.running
-
-
-@pytest.fixture
-def own_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As in `cowkit serve`, where no cgroup has a quota."""
-    monkeypatch.delenv("COWKIT_EAGER", raising=False)
-    monkeypatch.setattr(awake, "_is_rationed", lambda: False)
-    awake.allow()
-    yield
-    awake.allow(yes=False)
-    until(lambda: not awake._one.locked())
-
-
-@pytest.fixture
-def pair() -> Iterator[socket.socket]:
-    here, there = socket.socketpair()
-    with here, there:
-        yield here
 
 
 @pytest.fixture
 def system(own_process: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[System]:
     made = System()
-    monkeypatch.setattr(awake, "perf_counter_ns", made.clock)
-    monkeypatch.setattr(awake, "_end", made.end)
+    monkeypatch.setattr(awake, "end", made.end)
     monkeypatch.setattr("os.posix_spawn", made.spawn)
-    monkeypatch.setattr("os.sched_setscheduler", lambda *_: None)
+    monkeypatch.setattr("os.sched_setscheduler", lambda child, *_: made.behind.append(child))
+    monkeypatch.setattr("os.setpriority", lambda _, child, __: made.beside.append(child))
     monkeypatch.setattr("os.sched_setaffinity", made.place)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
     yield made
@@ -129,7 +110,7 @@ def client(system: System, pair: socket.socket) -> Iterator[Awake]:
 
 
 def test_nothing_is_started_in_a_process_that_is_not_the_servers_own(client: Awake, system: System) -> None:
-    awake.allow(yes=False)
+    counting.allow(yes=False)
     system.wait(client, 10 * awake._SAMPLES, SLOW)
     assert system.started == 0
 
@@ -139,18 +120,18 @@ def test_the_variable_forbids_it_with_0_alone(
     client: Awake, system: System, monkeypatch: pytest.MonkeyPatch, value: str
 ) -> None:
     monkeypatch.setenv("COWKIT_EAGER", "0")
-    awake.allow()
+    counting.allow()
     system.wait(client, 10 * awake._SAMPLES, SLOW)
     assert system.started == 0
     monkeypatch.setenv("COWKIT_EAGER", value)
-    awake.allow()
+    counting.allow()
     system.start(client)
 
 
 def test_where_ended_children_vanish_unseen_it_is_not_allowed(client: Awake, system: System) -> None:
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
-        awake.allow()
+        counting.allow()
     finally:
         signal.signal(signal.SIGCHLD, before)
     system.wait(client, 10 * awake._SAMPLES, SLOW)
@@ -190,16 +171,36 @@ def test_the_first_waits_after_the_start_count_for_nothing(client: Awake, system
     system.start(client)
     system.wait(client, awake._SETTLING, 4 * MS)
     system.wait(client, awake._SAMPLES, int(awake._GAIN * SLOW))
-    system.wait(client, awake._SAMPLES, SLOW)
+    system.wait(client, awake._CHANCES * awake._SAMPLES, SLOW)
+    assert client.running
+
+
+def test_nor_do_those_of_the_first_three_milliseconds(client: Awake, system: System) -> None:
+    system.start(client)
+    system.wait(client, awake._SETTLING_NS // SLOW, SLOW)
+    system.wait(client, 1, SLOW)
+    system.wait(client, awake._SAMPLES, int(awake._GAIN * SLOW))
+    system.wait(client, awake._CHANCES * awake._SAMPLES, SLOW)
     assert client.running
 
 
 def test_it_stops_after_a_trial_that_gained_too_little(client: Awake, system: System) -> None:
     system.start(client)
-    system.wait(client, awake._SETTLING + awake._SAMPLES - 1, int(awake._GAIN * SLOW) + US)
+    system.settle(client)
+    system.wait(client, awake._CHANCES * awake._SAMPLES - 1, int(awake._GAIN * SLOW) + US)
     assert client.running
     system.wait(client, 1, int(awake._GAIN * SLOW) + US)
     assert not client.running
+
+
+@pytest.mark.parametrize("chance", range(awake._CHANCES))
+def test_a_trial_is_passed_when_one_of_three_judgements_is_good(client: Awake, system: System, chance: int) -> None:
+    system.start(client)
+    system.settle(client)
+    system.wait(client, chance * awake._SAMPLES, SLOW)
+    system.wait(client, awake._SAMPLES, QUICK)
+    system.wait(client, 2 * awake._CHANCES * awake._SAMPLES, SLOW)
+    assert client.running
 
 
 def test_after_each_failed_trial_it_rests_twice_as_long(client: Awake, system: System) -> None:
@@ -285,7 +286,7 @@ def test_it_stops_when_the_client_begins_to_have_other_things_to_do(client: Awak
 
 def test_no_single_wait_outweighs_the_others(client: Awake, system: System) -> None:
     system.start(client)
-    system.wait(client, awake._SETTLING, QUICK)
+    system.settle(client)
     system.wait(client, 1, 19 * MS)
     system.wait(client, awake._SAMPLES - 1, QUICK)
     system.wait(client, 5 * awake._SAMPLES, SLOW)
@@ -379,6 +380,130 @@ def test_stopping_what_does_not_run_takes_it_from_nobody(client: Awake, system: 
     assert (client.running, other.running) == (True, False)
 
 
+# Together
+
+
+@pytest.fixture
+def one_at_a_time(system: System) -> None:
+    system.single = True
+    system.carrying_out = 40 * US
+
+
+@pytest.mark.usefixtures("one_at_a_time")
+def test_with_two_processors_it_takes_one_of_them_from_a_client_of_one_request_at_a_time(
+    client: Awake, system: System
+) -> None:
+    system.start(client)
+    assert client.together
+    assert (system.beside, system.behind, system.places) == ([1], [], [])
+
+
+@pytest.mark.usefixtures("one_at_a_time")
+@pytest.mark.parametrize("processors", [{0, 1, 2}, {4, 5, 6, 7}])
+def test_with_more_processors_it_lets_the_client_have_its_own(
+    client: Awake, system: System, monkeypatch: pytest.MonkeyPatch, processors: set[int]
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: processors)
+    system.start(client)
+    assert not client.together
+    assert (system.beside, system.behind) == ([], [1])
+
+
+def test_a_client_of_several_requests_at_a_time_keeps_its_own_processor(client: Awake, system: System) -> None:
+    for number in range(awake._SAMPLES):
+        system.single = number % 2 == 0
+        system.wait(client, 1, SLOW)
+    assert client.running
+    assert not client.together
+    assert (system.beside, system.behind) == ([], [1])
+
+
+@pytest.mark.usefixtures("one_at_a_time")
+def test_together_it_is_requests_that_have_to_be_quicker(client: Awake, system: System) -> None:
+    system.start(client)
+    system.settle(client)
+    system.carrying_out = 20 * US
+    system.wait(client, awake._SAMPLES, SLOW)
+    system.carrying_out = 40 * US
+    system.wait(client, awake._CHANCES * awake._SAMPLES, SLOW)
+    assert client.together
+
+
+@pytest.mark.usefixtures("one_at_a_time")
+def test_together_it_is_not_waits_that_have_to_be_shorter(client: Awake, system: System) -> None:
+    system.start(client)
+    system.settle(client)
+    system.carrying_out = 60 * US
+    system.wait(client, awake._CHANCES * awake._SAMPLES, QUICK)
+    assert (client.running, client.together) == (False, False)
+
+
+@pytest.mark.usefixtures("one_at_a_time")
+def test_a_wait_within_a_request_does_not_make_it_two(client: Awake, system: System) -> None:
+    for _ in range(awake._SAMPLES // 3 + 1):  # the head, and then the payload
+        system.single = False
+        system.carrying_out = 0
+        system.wait(client, 1, 5 * US)
+        system.single = True
+        system.carrying_out = 40 * US
+        system.wait(client, 2, SLOW)
+    assert client.together
+    system.settle(client)
+    system.wait(client, awake._SAMPLES, 15 * US)  # 55 us a request; without, half of them took 80 and half 85
+    assert client.running
+    system.wait(client, 2 * awake._CHANCES * awake._SAMPLES, SLOW)
+    assert client.together
+
+
+@pytest.mark.usefixtures("one_at_a_time")
+def test_after_each_failed_trial_the_other_way_has_one(client: Awake, system: System) -> None:
+    ways = []
+    for _ in range(4):
+        system.start(client)
+        ways.append(client.together)
+        system.fail_trial(client)
+        assert not client.together
+        system.now += 100 * awake._REST_NS
+    assert ways == [True, False, True, False]
+
+
+@pytest.mark.usefixtures("one_at_a_time")
+def test_what_passed_one_way_is_no_proof_of_the_other(client: Awake, system: System) -> None:
+    system.start(client)
+    system.carrying_out = 0
+    system.pass_trial(client)
+    system.wait(client, 1, awake.LONG_NS + 1)
+    system.single = False
+    system.start(client)
+    assert not client.together
+    system.fail_trial(client)
+
+
+@pytest.mark.usefixtures("one_at_a_time")
+def test_when_the_client_begins_to_make_several_requests_at_a_time_it_has_its_processor_back_at_once(
+    client: Awake, system: System
+) -> None:
+    system.start(client)
+    system.carrying_out = 0
+    system.pass_trial(client)
+    system.single = False
+    system.wait(client, awake._SAMPLES, SLOW)
+    assert (client.running, client.together) == (False, False)
+    system.start(client)
+    assert not client.together
+
+
+@pytest.mark.usefixtures("one_at_a_time")
+def test_a_renewal_keeps_the_way(client: Awake, system: System) -> None:
+    system.start(client)
+    system.carrying_out = 0
+    system.pass_trial(client)
+    system.now += awake._RENEW_NS
+    system.wait(client, 1, SLOW)
+    assert client.together
+    assert (system.beside, system.behind) == ([1, 2], [])
+
+
 # Where
 
 
@@ -393,25 +518,6 @@ def test_with_more_than_two_processors_it_is_bound_to_the_clients(
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2})
     system.start(client)
     ((place,),) = system.places  # the pair's other end is ours, too
-    assert 0 <= place < (os.cpu_count() or 1)
-
-
-@contextmanager
-def tcp_pair() -> Iterator[socket.socket]:
-    with (
-        socket.create_server(("127.0.0.1", 0)) as listener,
-        socket.create_connection(listener.getsockname()) as there,
-        listener.accept()[0] as here,
-    ):
-        there.sendall(b"!")
-        here.recv(1)
-        yield here
-
-
-def test_a_tcp_clients_processor_is_where_its_bytes_come_from() -> None:
-    with tcp_pair() as here:
-        place = awake._processor(here)
-    assert place is not None
     assert 0 <= place < (os.cpu_count() or 1)
 
 
@@ -443,332 +549,56 @@ def test_with_more_than_two_processors_it_is_not_started_where_the_clients_is_un
     assert not awake._one.locked()
 
 
-def test_a_clients_name_may_end_within_a_character(pair: socket.socket) -> None:
-    name = Path("/proc/self/comm")
-    before = name.read_bytes()
-    try:
-        name.write_bytes(b"half a caf\xc3")
-        assert awake._processor(pair) is not None
-    finally:
-        name.write_bytes(before.rstrip(b"\n"))
-
-
-# Quotas
-
-
-@pytest.mark.parametrize(
-    ("memberships", "files", "rationed"),
-    [
-        pytest.param("0::/\n", {}, False, id="2: no controller"),
-        pytest.param("0::/\n", {"cpu.max": "max 100000\n"}, False, id="2: max"),
-        pytest.param("0::/\n", {"cpu.max": "200000 100000\n"}, True, id="2: a container's own"),
-        pytest.param("0::/a/b\n", {"a/b/cpu.max": "50000 100000\n"}, True, id="2: its own"),
-        pytest.param(
-            "0::/a/b\n", {"a/b/cpu.max": "max 100000\n", "a/cpu.max": "50000 100000\n"}, True, id="2: one above"
-        ),
-        pytest.param(
-            "0::/a/b\n", {"a/b/cpu.max": "max 100000\n", "a/c/cpu.max": "50000 100000\n"}, False, id="2: one beside"
-        ),
-        pytest.param("0::/a/b\n", {"a/b/cpu.max": ""}, False, id="2: an empty file"),
-        pytest.param("0::/a/caf\udce9\n", {"a/cpu.max": "50000 100000\n"}, True, id="2: a name of any bytes"),
-        pytest.param("4:memory:/\n3:cpu,cpuacct:/\n", {"cpu/cpu.cfs_quota_us": "-1\n"}, False, id="1: none"),
-        pytest.param("3:cpu,cpuacct:/\n", {"cpu/cpu.cfs_quota_us": "50000\n"}, True, id="1: a container's own"),
-        pytest.param("3:cpuacct,cpu:/a:b\n", {"cpu/a:b/cpu.cfs_quota_us": "50000\n"}, True, id="1: its own"),
-        pytest.param(
-            "3:cpu:/a/b\n",
-            {"cpu/a/b/cpu.cfs_quota_us": "-1\n", "cpu/a/cpu.cfs_quota_us": "50000\n"},
-            True,
-            id="1: one above",
-        ),
-        pytest.param(
-            "3:cpu:/outside/box\n", {"cpu/cpu.cfs_quota_us": "50000\n"}, True, id="1: a path of another namespace"
-        ),
-        pytest.param("3:cpuset:/\n", {"cpu/cpu.cfs_quota_us": "50000\n"}, False, id="1: another controller"),
-        pytest.param("2:name=systemd:/\n1:cpu:/\n0::/\n", {"cpu/cpu.cfs_quota_us": "-1\n"}, False, id="both: none"),
-        pytest.param("1:cpu:/x\n0::/\n", {"cpu/x/cpu.cfs_quota_us": "9000\n"}, True, id="both: of 1"),
-        pytest.param("1:cpu:/x\n0::/y\n", {"y/cpu.max": "9000 10000\n"}, True, id="both: of 2"),
-        pytest.param(None, {}, True, id="unknown"),
-    ],
-)
-def test_processor_time_is_rationed_where_a_cgroup_above_has_a_quota(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memberships: str | None, files: dict[str, str], rationed: bool
-) -> None:
-    monkeypatch.setattr(awake, "_MEMBERSHIPS", str(tmp_path / "memberships"))
-    monkeypatch.setattr(awake, "_CGROUPS", str(tmp_path / "groups"))
-    if memberships is not None:
-        (tmp_path / "memberships").write_text(memberships, errors="surrogateescape")
-    for name, content in files.items():
-        path = tmp_path / "groups" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content)
-    assert awake._is_rationed() is rationed
-
-
 def test_where_processor_time_is_rationed_nothing_is_started(
     client: Awake, system: System, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(awake, "_is_rationed", lambda: True)
+    monkeypatch.setattr(awake, "is_rationed", lambda: True)
     system.wait(client, 10 * awake._SAMPLES, SLOW)
     assert (client.running, system.started) == (False, 0)
     assert not awake._one.locked()
 
 
-# The real process
-
-
-def has_idle_class() -> bool:
-    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as child:
-        try:
-            os.sched_setscheduler(child.pid, os.SCHED_IDLE, os.sched_param(0))
-        except OSError:
-            return False
-        return True
-
-
-@pytest.fixture(scope="module")
-def idle_class() -> None:
-    if not has_idle_class():
-        pytest.skip("no process may be of the class SCHED_IDLE here")
+# What it is told
 
 
 @pytest.fixture
-def real(own_process: None, idle_class: None, pair: socket.socket) -> Iterator[Awake]:
-    """One with a child."""
-    made = Awake(pair)
-    for _ in range(awake._SAMPLES):
-        made.waited(SLOW, time.perf_counter_ns())
-    assert made.running
-    yield made
-    made.stop()
+def told(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each wait: whether it was for the next request of a client that makes one at a time."""
+    waits: list[bool] = []
+    monkeypatch.setattr(Awake, "waited", lambda _, __, ___, *, single=False: waits.append(single))
+    return waits
 
 
-def child_of(made: Awake) -> int:
-    assert made._child is not None
-    return made._child
+def test_each_request_that_has_its_reply_to_itself_is_one_at_a_time(told: list[bool]) -> None:
+    with serving(1 << 20) as server, RawClient(where(server)).negotiate() as client:
+        client.read(512, 0)
+        told.clear()
+        for _ in range(5):
+            client.read(4096, 0)
+            client.write(b"new", 0)
+            client.write(bytes(64 << 10), 0)
+        assert len(told) >= 15
+        assert told.count(True) >= 14  # a payload may have come after its head
 
 
-def is_gone(child: int) -> bool:
-    """It is no zombie, either."""
-    return not Path(f"/proc/{child}").exists()
+@pytest.mark.parametrize("command", [wire.CMD_READ, wire.CMD_WRITE])
+def test_requests_that_came_together_are_not(told: list[bool], command: int) -> None:
+    with serving(1 << 20) as server, RawClient(where(server)).negotiate() as client:
+        client.read(512, 0)
+        payload = b"new" if command == wire.CMD_WRITE else b""
+        for _ in range(5):
+            client.send(b"".join(client.request(command, 0, 3, payload)[1] for _ in range(2)))
+            client.reply()
+            client.reply()
+            client.read(512, 0)  # the answer to which comes after the wait
+        assert told.count(False) == 5
 
 
-def test_the_process_is_of_the_class_that_every_other_goes_before(real: Awake) -> None:
-    assert os.sched_getscheduler(child_of(real)) == os.SCHED_IDLE
-
-
-@pytest.fixture
-def inherited() -> Iterator[int]:
-    """A descriptor that whoever started us may have left us."""
-    read_end, write_end = os.pipe()
-    os.set_inheritable(write_end, True)
-    os.close(read_end)
-    yield write_end
-    os.close(write_end)
-
-
-def test_the_process_holds_nothing_of_ours(inherited: int, real: Awake) -> None:
-    until(lambda: Path(f"/proc/{child_of(real)}/cwd").readlink() == Path("/"))
-    folder = Path(f"/proc/{child_of(real)}/fd")
-    for number in range(3):
-        assert (folder / str(number)).readlink() == Path("/dev/null")
-    for number in (real._sock.fileno(), inherited):
-        assert number > 2
-        assert not os.path.lexists(folder / str(number))
-    assert Path(f"/proc/{child_of(real)}/environ").read_bytes() == b""
-
-
-def test_the_process_has_a_second_of_processor_time(real: Awake) -> None:
-    until(lambda: resource.prlimit(child_of(real), resource.RLIMIT_CPU) == (1, 1))
-
-
-def test_a_shell_that_cannot_limit_itself_does_not_count(
-    own_process: None, idle_class: None, pair: socket.socket, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(awake, "_COUNT", awake._COUNT.replace("ulimit -t 1", "ulimit -t many"))
-    made = Awake(pair)
-    for _ in range(awake._SAMPLES):
-        made.waited(SLOW, time.perf_counter_ns())
-    stat = Path(f"/proc/{child_of(made)}/stat")
-    until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "Z")  # it has ended
-    made.stop()
-
-
-def test_stopping_leaves_no_process_and_no_thread(real: Awake) -> None:
-    child = child_of(real)
-    real.stop()
-    assert not real.running
-    until(lambda: is_gone(child))
-    with pytest.raises(ChildProcessError):
-        os.waitpid(child, 0)
-    until(lambda: all(thread.name != "cowkit-reaper" for thread in threading.enumerate()))
-    real.stop()  # once more: nothing to do
-
-
-def test_stopping_waits_for_no_processor_that_the_process_would_need_to_die(
-    real: Awake, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    waiting, may_go_on = threading.Event(), threading.Event()
-    waitpid = os.waitpid
-
-    def wait_long(child: int, options: int) -> tuple[int, int]:
-        waiting.set()
-        assert may_go_on.wait(20)
-        return waitpid(child, options)
-
-    monkeypatch.setattr("os.waitpid", wait_long)
-    child = child_of(real)
-    real.stop()
-    assert waiting.wait(20)
-    assert awake._one.locked()
-    may_go_on.set()
-    until(lambda: is_gone(child) and not awake._one.locked())
-
-
-def test_a_process_that_somebody_killed_is_none_that_is_left(real: Awake) -> None:
-    child = child_of(real)
-    os.kill(child, signal.SIGKILL)
-    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # dead, and still to be waited for
-    real.stop()
-    until(lambda: is_gone(child) and not awake._one.locked())
-
-
-def test_a_process_that_somebody_waited_for_is_no_trouble(real: Awake) -> None:
-    child = child_of(real)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    real.stop()
-    assert not awake._one.locked()
-
-
-def test_without_a_thread_to_be_had_it_is_waited_for_all_the_same(real: Awake, monkeypatch: pytest.MonkeyPatch) -> None:
-    def none(_: object) -> None:
-        raise RuntimeError("can't start new thread")
-
-    child = child_of(real)
-    monkeypatch.setattr("threading.Thread.start", none)
-    real.stop()
-    assert is_gone(child)
-
-
-def test_a_renewal_leaves_one_process(real: Awake) -> None:
-    first = child_of(real)
-    real.waited(SLOW, time.perf_counter_ns() + awake._RENEW_NS + 1)
-    second = child_of(real)
-    assert second != first
-    until(lambda: is_gone(first))
-    assert not is_gone(second)
-    assert awake._one.locked()
-
-
-@pytest.mark.parametrize("missing", ["the shell", "the class"])
-def test_where_it_cannot_be_it_is_just_not_started(
-    own_process: None, pair: socket.socket, monkeypatch: pytest.MonkeyPatch, missing: str
-) -> None:
-    if missing == "the shell":
-        monkeypatch.setattr(awake, "_SHELL", "/none/sh")
-    else:
-        monkeypatch.setattr("os.sched_setscheduler", fail(errno.EPERM))
-    others = children_of(os.getpid())  # such as the host of a test before
-    made = Awake(pair)
-    for _ in range(3 * awake._SAMPLES):
-        made.waited(SLOW, time.perf_counter_ns())
-    assert not made.running
-    assert not awake._one.locked()
-    until(lambda: children_of(os.getpid()) == others)
-
-
-# `cowkit serve`
-
-SERVE = """
-import sys
-from cowkit.server import awake, eager
-awake._SAMPLES, awake._WORTH, awake._GAIN, awake.LONG_NS = 4, -1, 1 << 62, 1 << 62
-awake._is_rationed = lambda: False
-eager._AWAKE_MS = 60_000
-from cowkit.cli.main import main
-sys.exit(main(["serve", "--size", "1M", *sys.argv[1:]]))
-"""
-"""One that starts the process early, and keeps it for clients that are slow."""
-
-
-def children_of(pid: int) -> list[int]:
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state = path.read_bytes().rpartition(b")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if int(state[1]) == pid:
-            found.append(int(path.parent.name))
-    return found
-
-
-@pytest.fixture
-def served(
-    idle_class: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """The process of such a server, and where it is."""
-    monkeypatch.delenv("COWKIT_EAGER", raising=False)
-    where = str(tmp_path / "nbd")
-    environment = os.environ | {"COWKIT_RUNTIME_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(
-        [sys.executable, "-c", SERVE, "--socket", where], env=environment, stdout=subprocess.PIPE
-    ) as process:
-        assert process.stdout
-        assert process.stdout.readline()
-        yield process, where
-        process.terminate()
-        process.communicate()
-    assert process.returncode == 0
-
-
-def counting(client: RawClient, server: int) -> int:
-    """The process that the server started for the client, which makes one request at a time until then."""
-    found: list[int] = []
-
-    def started() -> bool:
-        for _ in range(50):
-            client.read(512, 0)
-        found[:] = children_of(server)
-        return bool(found)
-
-    until(started)
-    (child,) = found
-    return child
-
-
-def test_a_server_starts_one_process_and_none_is_left_when_the_client_goes(
-    served: tuple[subprocess.Popen[bytes], str],
-) -> None:
-    process, where = served
-    with RawClient(where).negotiate() as client:
-        child = counting(client, process.pid)
-        assert os.sched_getscheduler(child) == os.SCHED_IDLE
-    until(lambda: is_gone(child))
-    assert children_of(process.pid) == []
-
-
-def test_no_process_is_left_when_the_server_ends(served: tuple[subprocess.Popen[bytes], str]) -> None:
-    process, where = served
-    with RawClient(where).negotiate() as client:
-        child = counting(client, process.pid)
-        process.terminate()
-        assert client.at_end()
-        process.wait()
-    until(lambda: is_gone(child))
-
-
-def test_a_client_that_begins_to_have_many_requests_under_way_ends_it(
-    served: tuple[subprocess.Popen[bytes], str],
-) -> None:
-    process, where = served
-    with RawClient(where).negotiate() as client:
-        child = counting(client, process.pid)
-
-        def many() -> bool:
-            client.send(b"".join(client.request(0, 0, 512)[1] for _ in range(64)))
-            for _ in range(64):
-                assert client.reply().error == 0
-            return is_gone(child)
-
-        until(many)
+def test_nor_is_a_long_write(told: list[bool]) -> None:
+    with serving(1 << 20) as server, RawClient(where(server)).negotiate() as client:
+        for _ in range(3):
+            client.write(bytes(512 << 10), 0)
+        told.clear()
+        for _ in range(3):
+            client.write(bytes(512 << 10), 0)
+        assert not any(told)

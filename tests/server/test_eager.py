@@ -54,15 +54,18 @@ class Kept(Awake):
         self.client = client
         self.waits: list[int] = []
         self.runs = False
+        self.together = False
         self.stops: list[int] = []
+        self.single: list[bool] = []
 
     @property
     def running(self) -> bool:
         return self.runs
 
-    def waited(self, nanoseconds: int, now: int) -> None:
+    def waited(self, nanoseconds: int, now: int, *, single: bool = False) -> None:
         assert now == self.client.now
         self.waits.append(nanoseconds)
+        self.single.append(single)
 
     def stop(self) -> None:
         self.stops.append(self.client.now)
@@ -152,6 +155,31 @@ def test_what_keeps_the_processor_awake_is_told_how_long_each_wait_was(made: Cli
         assert kept.waits[-1] == made.now - before >= pause
     assert len(kept.waits) == 100
     assert made.naps == []
+
+
+def test_it_is_told_which_waits_were_for_a_client_of_one_request(made: Client) -> None:
+    kept = Kept(made)
+    wait = EagerWait(made.poll, kept)
+    wait()
+    wait(single=True)
+    wait(single=False)
+    assert kept.single == [False, True, False]
+
+
+def test_where_the_client_is_to_run_on_our_processor_it_is_not_looked_for(made: Client) -> None:
+    kept = Kept(made)
+    wait = EagerWait(made.poll, kept)
+    for _ in range(10):
+        wait()
+    looks = made.looks
+    kept.runs = kept.together = True
+    for _ in range(100):
+        wait()
+    assert made.looks == looks
+    assert made.naps == [20] * 100
+    kept.runs = kept.together = False
+    wait()
+    assert made.looks > looks
 
 
 def test_while_the_processor_is_kept_awake_a_sleep_of_up_to_20_ms_does_not_end_that(made: Client) -> None:

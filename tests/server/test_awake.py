@@ -20,6 +20,8 @@ MS = 1000 * US
 SLOW = 40 * US
 """A wait of a client whose processor has to be woken."""
 QUICK = 10 * US
+JUDGED = (1 + awake._UNSEEN) * awake._SAMPLES
+"""Waits of a judgement when a trial was passed."""
 
 
 class System:
@@ -163,7 +165,7 @@ def test_a_long_wait_in_between_begins_the_count_anew(client: Awake, system: Sys
 def test_it_goes_on_after_a_trial_that_is_passed(client: Awake, system: System) -> None:
     system.start(client)
     system.pass_trial(client)
-    system.wait(client, 20 * awake._SAMPLES, SLOW)  # whatever comes then
+    system.wait(client, 20 * JUDGED, SLOW)  # whatever comes then
     assert (client.running, system.started) == (True, 1)
 
 
@@ -277,8 +279,9 @@ def test_it_is_not_started_for_a_client_that_has_other_things_to_do(client: Awak
 def test_it_stops_when_the_client_begins_to_have_other_things_to_do(client: Awake, system: System) -> None:
     system.start(client)
     system.pass_trial(client)
-    system.wait(client, 2 * awake._SAMPLES, 2 * MS)
+    system.wait(client, 2 * JUDGED, 2 * MS)
     assert not client.running
+    system.wait(client, 1, awake.LONG_NS + 1)  # the count begins anew
     system.wait(client, awake._SAMPLES, 2 * MS)
     system.start(client)
     system.fail_trial(client)
@@ -318,7 +321,7 @@ def test_a_renewal_is_no_new_trial(client: Awake, system: System) -> None:
     system.now += awake._RENEW_NS
     system.wait(client, 1, SLOW)
     assert system.started == 2
-    system.wait(client, 5 * awake._SAMPLES, SLOW)
+    system.wait(client, 5 * JUDGED, SLOW)
     assert (client.running, system.started) == (True, 2)
 
 
@@ -480,14 +483,14 @@ def test_what_passed_one_way_is_no_proof_of_the_other(client: Awake, system: Sys
 
 
 @pytest.mark.usefixtures("one_at_a_time")
-def test_when_the_client_begins_to_make_several_requests_at_a_time_it_has_its_processor_back_at_once(
+def test_when_the_client_begins_to_make_several_requests_at_a_time_it_has_its_processor_back(
     client: Awake, system: System
 ) -> None:
     system.start(client)
     system.carrying_out = 0
     system.pass_trial(client)
     system.single = False
-    system.wait(client, awake._SAMPLES, SLOW)
+    system.wait(client, JUDGED, SLOW)
     assert (client.running, client.together) == (False, False)
     system.start(client)
     assert not client.together

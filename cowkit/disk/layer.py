@@ -32,8 +32,9 @@ written by 64 KiB, 6.7 by 256 KiB and 13.6 by 1 MiB (medians of six; at best 2.3
 3.2 GB/s instead of 3.7 and 4.5, which a client does not see: it brings less.
 """
 
-_ROOM_FROM = 256 << 10
-"""Bytes of a write to fresh blocks beyond which room is found for all of it first: 1 MiB then runs at 4.0 GB/s instead of 3.1."""
+_ROOM_FROM = 128 << 10
+"""Bytes of a write to fresh blocks beyond which room is found for all of it first: 1 MiB then runs at 4.0 GB/s instead of 3.1, and a client
+writes 256 KiB one after the other a third faster."""
 
 
 class Layer(Counted):
@@ -119,7 +120,7 @@ class Layer(Counted):
             self.write(parts, offset)
             return
         if length > _ROOM_FROM:
-            self._room.find(self.fd, offset, length)
+            self._room.find(self.fd, offset, length, limit=self.size)
         for part in parts:
             for start in range(0, len(part), _FRESH_PIECE):
                 piece = part[start : start + _FRESH_PIECE]
@@ -150,7 +151,7 @@ class Layer(Counted):
     def write_fresh_piped(self, piped: Piped, offset: int) -> None:
         """:meth:`write_fresh` of the payload in a pipe."""
         if piped.left > _ROOM_FROM:
-            self._room.find(self.fd, offset, piped.left)
+            self._room.find(self.fd, offset, piped.left, limit=self.size)
         while piped.left:
             length = min(piped.left, _FRESH_PIECE)
             self.write_piped(piped, length, offset)

@@ -20,7 +20,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from queue import Empty, SimpleQueue
 
 from cowkit.disk.room import Room
@@ -41,6 +41,11 @@ _WORTH_A_THREAD = 1 / (1 << 30)
 
 _BEGINS_WITHIN = 1.0
 """Seconds in which a thread that was started has begun to run."""
+
+_PORTION = 256 << 10
+"""Bytes of one write through the page cache. The longer it is, the longer a run of memory that the system takes for it; and long runs, on
+a virtual machine, are what its host has taken back: 20 MiB by 256 KiB took 4 ms each time, by 4 MiB 4 to 50 ms (Linux 6.18, free page
+reporting)."""
 
 UNDER_WAY = 2
 """Pieces that may be waiting to be written, or being written, when :meth:`BulkWriter.write` returns."""
@@ -211,3 +216,19 @@ class BulkWriter:
         except OSError:
             self._cost_around = float("inf")
             return False
+
+
+def portions(pieces: Sequence[memoryview]) -> Iterator[list[memoryview]]:
+    """``pieces``, cut and put together for writes through the page cache: by ``_PORTION`` bytes."""
+    portion: list[memoryview] = []
+    room = _PORTION
+    for piece in pieces:
+        rest = piece
+        while len(rest) > room:
+            portion.append(rest[:room])
+            yield portion
+            rest = rest[room:]
+            portion, room = [], _PORTION
+        portion.append(rest)
+        room -= len(rest)
+    yield portion

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Self
 
-from cowkit.diff.bulk_writer import IOV_MAX, BulkWriter
+from cowkit.diff.bulk_writer import IOV_MAX, BulkWriter, portions
 from cowkit.disk.files import NO_DISK, names_descriptor
 from cowkit.errors import OutputError
 
@@ -168,16 +168,17 @@ class AtomicOutput:
         self.bytes_written += length
 
     def _write_all(self, pieces: Sequence[memoryview], offset: int) -> None:
-        rest = list(pieces)
         try:
-            while rest:
-                # A short write says that room or a limit ran out in its middle: the next one tells which.
-                count = os.pwritev(self._fd, rest[:IOV_MAX], offset)
-                offset += count
-                while rest and count >= len(rest[0]):
-                    count -= len(rest.pop(0))
-                if rest:
-                    rest[0] = rest[0][count:]
+            for portion in portions(pieces):
+                rest = portion
+                while rest:
+                    # A short write says that room or a limit ran out in its middle: the next one tells which.
+                    count = os.pwritev(self._fd, rest[:IOV_MAX], offset)
+                    offset += count
+                    while rest and count >= len(rest[0]):
+                        count -= len(rest.pop(0))
+                    if rest:
+                        rest[0] = rest[0][count:]
         except OSError as error:
             raise self._failed(error) from error
 

@@ -9,12 +9,16 @@ import random
 import signal
 import threading
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
+from cowkit.diff import bulk_writer
 from cowkit.diff.batch import BatchInProgress
-from cowkit.diff.bulk_writer import UNDER_WAY, BulkWriter
+from cowkit.diff.bulk_writer import UNDER_WAY, BulkWriter, portions
 from cowkit.diff.output import AtomicOutput
 from cowkit.disk.extent import Kind
 from cowkit.errors import OutputError
@@ -280,3 +284,17 @@ def test_in_a_fork_which_has_no_such_thread_closing_does_not_wait_for_it(tmp_pat
             output._bulk.close()
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
+
+
+@given(lengths=st.lists(st.integers(0, 3 * bulk_writer._PORTION), max_size=8))
+@example(lengths=[])
+@example(lengths=[bulk_writer._PORTION, 1])
+@example(lengths=[bulk_writer._PORTION * 16])
+@settings(max_examples=40, deadline=None)
+def test_portions_are_the_pieces_in_order_and_none_is_long(lengths: list[int]) -> None:
+    whole = memoryview(os.urandom(sum(lengths)))
+    pieces = [whole[end - length : end] for length, end in zip(lengths, accumulate(lengths), strict=True)]
+    found = [b"".join(portion) for portion in portions(pieces)]
+    assert b"".join(found) == whole
+    assert all(len(portion) == bulk_writer._PORTION for portion in found[:-1])
+    assert len(found[-1]) <= bulk_writer._PORTION

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 from hypothesis import example, given, settings
@@ -243,14 +244,28 @@ def test_an_interrupt_while_close_asks_whether_the_thread_lives_does_not_end_the
     def let_go(number: int, frame: object) -> None:
         may_go.set()
 
+    class Ended:
+        """The queue that is asked, which has the interrupts begin."""
+
+        def __init__(self, queue: SimpleQueue[None]) -> None:
+            self.queue = queue
+            self.put = queue.put
+            self.asked = False
+
+        def get(self, *, timeout: float) -> None:
+            if not self.asked:
+                self.asked = True
+                signal.setitimer(signal.ITIMER_REAL, 0.01, 0.05)
+            self.queue.get(timeout=timeout)
+
     monkeypatch.setattr("cowkit.diff.bulk_writer._BEGINS_WITHIN", 0.0)  # it asks all the time
     writer = BulkWriter(write)
+    monkeypatch.setattr(writer, "_ended", Ended(writer._ended))
     writer.fd = fd = os.open(tmp_path / "out", os.O_RDWR | os.O_CREAT)
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
         writer.write([PIECES[2]], len(PIECES[2]), 0)
         assert began.wait(30)
-        signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
         with pytest.raises(KeyboardInterrupt):
             writer.close()
         assert written == [0]

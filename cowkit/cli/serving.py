@@ -212,6 +212,7 @@ class Serving:
         directory = make_socket_dir()
         undo.callback(remove_socket_dir, directory)
         counting.allow()
+        undo.callback(counting.wait_for_ended)
         undo.callback(counting.allow, yes=False)
         self.server = self._listen(directory)
         """Who serves it."""

@@ -192,6 +192,10 @@ class Layer(Counted):
         except (OSError, ImportError):
             pass  # no descriptor to be had for importing what does it
 
+    def gives_up_room(self) -> bool:
+        """Find no more room ahead of writes; whether any was found, which what was never written may hold."""
+        return self._room.give_up()
+
     def space(self) -> int:
         """The bytes of storage that the file takes, as the file system accounts them."""
         return os.fstat(self.fd).st_blocks * 512

@@ -440,12 +440,13 @@ class Overlay:
         return dropped
 
     def _reclaim(self) -> bool:
-        """There is no room: give back what is kept of dropped layers. Whether there was anything."""
+        """There is no room: give back what is kept of dropped layers, or was found for writes to come. Whether there was anything."""
 
         def give_back() -> bool:
-            found = self._spare is not None or self._recycled
+            ahead = self.top != NO_LAYER and self.layers[self.top].gives_up_room()
+            found = self._spare is not None or self._recycled or ahead
             self._release_spare()
-            if self._recycled and self.top != NO_LAYER:
+            if (self._recycled or ahead) and self.top != NO_LAYER:
                 for first, last, owner in self.map.runs(0, self.map.blocks):
                     if owner != self.top:
                         self.layers[self.top].punch(first << self.shift, (last - first) << self.shift)

@@ -5,7 +5,7 @@ for all of a large piece at once (fallocate(2)), 62 MiB take ext4 18 ms instead 
 
 Of pieces that follow one another, room for what is likely to come is found with them: 256 KiB then take ext4 58 microseconds instead of 70
 (and 83 without room; Linux 6.18). That is room which others lack if nothing comes, so it is never more than the stream has had until
-then, nor than 4 MiB, and only where plenty is left.
+then, nor than 4 MiB, only where plenty is left, and no more once 4 MiB in all were for nothing.
 """
 
 from __future__ import annotations
@@ -32,8 +32,11 @@ class Room:
         self._looks_ahead = True
         self._after = -1
         """Where the last piece ended."""
-        self._until = 0
+        self._until = -1
         """Where the room ends that was found with it and before it."""
+        self._for_nothing = 0
+        """Bytes that were found ahead of pieces which did not come."""
+        self._found_ahead = False
         self._ahead = 0
         """How much of that was for pieces to come."""
 
@@ -47,21 +50,33 @@ class Room:
         if self._pays is False:
             return
         end = offset + length
-        follows, self._after = offset == self._after, end
+        before, self._after = self._after, end
+        follows = offset == before
         if follows and end <= self._until:
             return
+        if not follows and self._until > before:
+            self._for_nothing += self._until - before
+            if self._for_nothing >= _MOST_AHEAD:
+                self._looks_ahead = False
         self._until = end
         if self._pays is None:
             self._try(fd, offset, length)
             return
         self._ahead = min(2 * self._ahead or length, _MOST_AHEAD) if follows and self._looks_ahead else 0
         until = min(end + self._ahead, limit)
-        if until > end:
-            self._looks_ahead = _has_plenty(fd) and _find(fd, offset, until - offset)
-            if self._looks_ahead:
+        if until > end and _has_plenty(fd):
+            self._found_ahead = True  # or some of it
+            if _find(fd, offset, until - offset):
                 self._until = until
                 return
+            self._looks_ahead = False
         self._pays = _find(fd, offset, length)
+
+    def give_up(self) -> bool:
+        """Find no more room ahead; whether any was, which the file may hold for nothing."""
+        found, self._found_ahead, self._looks_ahead = self._found_ahead, False, False
+        self._until = self._after
+        return found
 
     def _try(self, fd: int, offset: int, length: int) -> None:
         """For the first time: later ones may have to wait for a write."""

@@ -59,6 +59,7 @@ def main(control: int, owner: int) -> None:
     calls.end()
     for thread, _ in served:
         thread.join()
+    counting.wait_for_ended()
     os._exit(0)  # nothing is left to do for finalizers
 
 

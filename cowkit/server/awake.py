@@ -24,6 +24,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+from functools import partial
 
 from cowkit.server.counting import SECONDS, begin_behind, begin_beside, end, is_allowed, is_rationed
 
@@ -58,8 +59,38 @@ _PROVEN_NS = 2_000_000_000
 _REST_NS = 50_000_000
 """From a failed trial to the next; twice as long each time."""
 
-_one = threading.Lock()
-"""One counting process for all of ours; held until it is gone. (While one is renewed there are two.)"""
+
+class _One:
+    """Whose is the one counting process for all of ours; held until it is gone. (While one is renewed there are two.)"""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._holder: Awake | None = None
+
+    def take(self, holder: Awake, now: int) -> bool:
+        """Whether it is ``holder``'s from now on: nobody has it, or somebody whose process has long ended, since its client stalls."""
+        with self._lock:
+            if self._holder is not None and not self._holder.stalls(now):
+                return False
+            self._holder = holder
+            return True
+
+    def give_back(self, holder: Awake) -> None:
+        """It is not ``holder``'s any more."""
+        with self._lock:
+            if self._holder is holder:
+                self._holder = None
+
+    def is_of(self, holder: Awake) -> bool:
+        """Whether ``holder`` has it still."""
+        return self._holder is holder
+
+    def locked(self) -> bool:
+        """Whether somebody has it."""
+        return self._holder is not None
+
+
+_one = _One()
 
 
 class Awake:
@@ -149,18 +180,23 @@ class Awake:
         """Whether the process runs for this client."""
         return self._child is not None
 
+    def stalls(self, now: int) -> bool:
+        """Whether the process has not been renewed for so long that it has ended: what it was for waits for something else."""
+        return now - self._started > 2 * _RENEW_NS
+
     def stop(self) -> None:
         """The client takes its time, or has gone: end the process."""
         self._waits = self._waited = self._took = self._single = self._slow = self._settling = self._unseen = 0
         if self._child is not None:
             if not self._passed:  # a client that comes in short bursts is not worth a process for each
                 self._not_before = self._started + _REST_NS
-            end(self._child, _one.release)
+            end(self._child, partial(_one.give_back, self))
             self._child = None
         self._passed = self.together = False
 
     def _begin(self, without: float, now: int, *, together: bool) -> None:
-        if not _one.acquire(blocking=False):
+        self._started = now
+        if not _one.take(self, now):
             return
         self._without = without
         self._chances = _CHANCES
@@ -171,7 +207,7 @@ class Awake:
         self._child = None if is_rationed() else self._start(now)
         if self._child is None:
             self.together = False
-            _one.release()
+            _one.give_back(self)
             self._leave_it(now)
         else:
             self._passed = now < self._proven
@@ -181,7 +217,7 @@ class Awake:
         self._rest *= 2
 
     def _renew(self, now: int) -> None:
-        new = self._start(now)
+        new = self._start(now) if _one.is_of(self) else None
         if new is None:
             self.stop()
             self._leave_it(now)

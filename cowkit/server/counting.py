@@ -11,6 +11,8 @@ import os
 import signal
 import socket
 import struct
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
 
 from cowkit.server.quiet_thread import QuietThread
@@ -20,9 +22,8 @@ _MEMBERSHIPS = "/proc/self/cgroup"
 _CGROUPS = "/sys/fs/cgroup"
 SECONDS = 1
 """The processor time that it has."""
-_COUNT = f"cd / && ulimit -t {SECONDS} && while :; do :; done"
-_NAME = "cowkit-awake"
-"""What `ps` shows behind that."""
+_COUNT = f": cowkit-awake; cd / && ulimit -t {SECONDS} && while :; do :; done"
+"""The name first, for who meets it in a list of processes."""
 _NICEST = 19
 
 _NOTHING = [(os.POSIX_SPAWN_OPEN, fd, "/dev/null", os.O_RDWR, 0) for fd in range(3)]
@@ -30,11 +31,13 @@ _NOTHING = [(os.POSIX_SPAWN_OPEN, fd, "/dev/null", os.O_RDWR, 0) for fd in range
 _closed: list[tuple[int, int]] = []
 """Closes what whoever started us has left us, such as a lock or a pipe that somebody waits at; our own files are closed anyway."""
 _allowed = False
+_reapers: deque[QuietThread] = deque(maxlen=8)
+"""The last ones, some of which may still wait."""
 
 
 def may_be_eager() -> bool:
-    """Whether processor time may be spent on quicker answers: unless ``COWKIT_EAGER=0`` forbids it."""
-    return os.environ.get("COWKIT_EAGER", "") != "0"
+    """Whether processor time may be spent on quicker answers: unless ``COWKIT_EAGER=0`` (``no``, ``off``, ``false``) forbids it."""
+    return os.environ.get("COWKIT_EAGER", "").lower() not in {"0", "no", "off", "false"}
 
 
 def allow(*, yes: bool = True) -> None:
@@ -86,9 +89,7 @@ def begin_behind(sock: socket.socket) -> int | None:
 
 def _spawn(place: Callable[[int], None]) -> int | None:
     try:
-        child = os.posix_spawn(
-            _SHELL, ["sh", "-c", _COUNT, _NAME], {}, file_actions=[*_NOTHING, *_closed], setsigmask=[]
-        )
+        child = os.posix_spawn(_SHELL, ["sh", "-c", _COUNT], {}, file_actions=[*_NOTHING, *_closed], setsigmask=[])
     except OSError:
         return None
     try:
@@ -107,9 +108,18 @@ def end(child: int, gone: Callable[[], None] = _nothing) -> None:
     """Kill it, and call ``gone`` when it is gone, from another thread."""
     try:
         os.kill(child, signal.SIGKILL)
-        QuietThread(target=_reap, args=(child, gone), name="cowkit-reaper").start()
+        reaper = QuietThread(target=_reap, args=(child, gone), name="cowkit-reaper")
+        reaper.start()
+        _reapers.append(reaper)
     except (RuntimeError, ProcessLookupError):  # no thread to be had, or no need for one
         _reap(child, gone)
+
+
+def wait_for_ended() -> None:
+    """Let those that were ended be gone, within a second: a process that ends leaves them to init, which may be none that reaps."""
+    until = time.monotonic() + 1
+    while _reapers and time.monotonic() < until:
+        _reapers.pop().join(max(0, until - time.monotonic()))
 
 
 def _reap(child: int, gone: Callable[[], None]) -> None:

@@ -195,6 +195,8 @@ def drive(steps: Steps, channel: Channel, *, may_join: bool) -> None:
     try:
         for need in steps:
             if need is thread:
+                if awake.running:
+                    awake.stop()  # it may be the client that is waited for
                 continue
             if may_join and _pool.is_crowded(member):
                 awake.stop()

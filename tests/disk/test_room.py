@@ -102,6 +102,32 @@ def test_without_a_limit_none_is_found_ahead(system: System) -> None:
         assert system.ends == (number + 1) * PIECE
 
 
+def test_room_ahead_of_what_does_not_come_is_4_mib_in_all_and_then_no_more_is_found(system: System) -> None:
+    made = Room()
+    ends = []
+    for number in range(200):
+        stream(made, number * 16 * PIECE % LIMIT, 4)
+        ends.append(sum(end - start for start, end in system.found) - (number + 1) * 4 * PIECE)
+    assert 0 < ends[-1] <= 8 * MIB
+    assert ends[-1] == ends[100]
+
+
+def test_what_was_found_ahead_is_given_up_once_and_no_more_is_found(system: System) -> None:
+    made = Room()
+    stream(made, 0, 3)
+    assert made.give_up()
+    assert not made.give_up()
+    system.found.clear()
+    stream(made, 3 * PIECE, 5)
+    assert system.found == [((3 + number) * PIECE, (4 + number) * PIECE) for number in range(5)]
+
+
+def test_where_none_was_found_ahead_there_is_none_to_give_up(system: System) -> None:
+    made = Room()
+    made.find(3, 0, PIECE, limit=LIMIT)
+    assert not made.give_up()
+
+
 def test_a_new_stream_begins_small(system: System) -> None:
     made = Room()
     stream(made, 0, 40)

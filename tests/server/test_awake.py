@@ -117,15 +117,16 @@ def test_nothing_is_started_in_a_process_that_is_not_the_servers_own(client: Awa
     assert system.started == 0
 
 
-@pytest.mark.parametrize("value", ["", "1"])
-def test_the_variable_forbids_it_with_0_alone(
-    client: Awake, system: System, monkeypatch: pytest.MonkeyPatch, value: str
+@pytest.mark.parametrize("no", ["0", "no", "off", "False"])
+@pytest.mark.parametrize("yes", ["", "1"])
+def test_the_variable_forbids_it(
+    client: Awake, system: System, monkeypatch: pytest.MonkeyPatch, no: str, yes: str
 ) -> None:
-    monkeypatch.setenv("COWKIT_EAGER", "0")
+    monkeypatch.setenv("COWKIT_EAGER", no)
     counting.allow()
     system.wait(client, 10 * awake._SAMPLES, SLOW)
     assert system.started == 0
-    monkeypatch.setenv("COWKIT_EAGER", value)
+    monkeypatch.setenv("COWKIT_EAGER", yes)
     counting.allow()
     system.start(client)
 
@@ -362,6 +363,19 @@ def test_while_one_client_has_it_no_other_gets_one(client: Awake, system: System
     client.stop()
     system.start(other)
     other.stop()
+
+
+def test_a_client_that_stalls_does_not_keep_it_from_others(client: Awake, system: System, pair: socket.socket) -> None:
+    system.start(client)
+    system.pass_trial(client)
+    other = Awake(pair)
+    system.now += 2 * awake._RENEW_NS  # the process has ended by itself
+    system.wait(other, awake._SAMPLES, SLOW)
+    assert other.running
+    system.wait(client, 1, SLOW)
+    assert (client.running, other.running, system.started) == (False, True, 2)
+    other.stop()
+    assert not awake._one.locked()
 
 
 def test_as_long_as_an_ended_one_is_not_gone_there_is_no_other(client: Awake, system: System) -> None:

@@ -215,6 +215,13 @@ def test_stopping_leaves_no_process_and_no_thread(real: Awake) -> None:
     real.stop()  # once more: nothing to do
 
 
+def test_a_process_that_ends_can_have_those_that_were_ended_gone_before(real: Awake) -> None:
+    child = child_of(real)
+    real.stop()
+    counting.wait_for_ended()
+    assert is_gone(child)
+
+
 def test_stopping_waits_for_no_processor_that_the_process_would_need_to_die(
     real: Awake, monkeypatch: pytest.MonkeyPatch
 ) -> None:

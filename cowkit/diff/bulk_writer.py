@@ -77,6 +77,7 @@ class BulkWriter:
         self._jobs: SimpleQueue[tuple[Sequence[memoryview], int, int] | None] = SimpleQueue()
         self._results: SimpleQueue[BaseException | None] = SimpleQueue()
         self._ended: SimpleQueue[None] = SimpleQueue()
+        self._has_ended = False
         self._under_way = 0
         self._process = os.getpid()
         self._thread: threading.Thread | None = None
@@ -129,45 +130,37 @@ class BulkWriter:
         """
         self._given_up = True
         interrupt = None
-        try:
-            if self._thread is not None:
-                interrupt = self._end(self._thread)
+        while self._thread is not None:
+            try:
+                self._end(self._thread)
                 self._thread = None
-        finally:
-            self.fd = -1
-            direct_fd, self._direct_fd = self._direct_fd, -1
-            if direct_fd >= 0:
-                os.close(direct_fd)
+            except KeyboardInterrupt as error:
+                interrupt = error
+        self.fd = -1
+        direct_fd, self._direct_fd = self._direct_fd, -1
+        if direct_fd >= 0:
+            os.close(direct_fd)
         if interrupt is not None:
             raise interrupt
 
-    def _end(self, thread: threading.Thread) -> KeyboardInterrupt | None:
-        """Wait until ``thread`` has ended; the interrupt that came meanwhile, if one did."""
-        interrupt = None
+    def _end(self, thread: threading.Thread) -> None:
+        """Wait until ``thread`` has ended; to be called again after an interrupt."""
         self._jobs.put(None)
-        writes = True
-        while writes:
-            try:
-                writes = not self._has_written(thread)
-            except KeyboardInterrupt as error:
-                interrupt = error
-        try:
-            if thread.ident is not None:
-                thread.join()  # it has nothing left to do; and a fork has none of its threads
-        except KeyboardInterrupt as error:
-            interrupt = error
-        return interrupt
+        while not self._has_written(thread):
+            pass
+        if thread.ident is not None:
+            thread.join()  # it has nothing left to do; and a fork has none of its threads
 
     def _has_written(self, thread: threading.Thread) -> bool:
         """Wait a while for ``thread`` to come to its end; whether it has, or never began."""
-        if self._process != os.getpid():
+        # Not join() or is_alive(), which an interrupt has take a running thread for one that has ended (CPython 3.11).
+        if self._has_ended or self._process != os.getpid():
             return True
         try:
-            # Not join() or is_alive(), which an interrupt has take a running thread for one that has ended (CPython 3.11).
             self._ended.get(timeout=_BEGINS_WITHIN)
         except Empty:
             return thread.ident is None  # ctrl-C may have come before it began
-        return True
+        return self._has_ended
 
     def allocate(self, length: int, offset: int) -> None:
         """Have the file system find room for a range of the file that is about to be written, where that pays."""
@@ -183,6 +176,7 @@ class BulkWriter:
             except BaseException as failure:
                 error = failure
             self._results.put(error)
+        self._has_ended = True
         self._ended.put(None)
 
     def _put(self, pieces: Sequence[memoryview], length: int, offset: int) -> None:

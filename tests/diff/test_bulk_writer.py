@@ -7,11 +7,13 @@ import mmap
 import os
 import random
 import signal
+import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
-from queue import SimpleQueue
+from types import FrameType
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -23,6 +25,8 @@ from cowkit.diff.bulk_writer import UNDER_WAY, BulkWriter, portions
 from cowkit.diff.output import AtomicOutput
 from cowkit.disk.extent import Kind
 from cowkit.errors import OutputError
+
+TraceFunction = Callable[[FrameType, str, Any], Any]
 
 
 def aligned(data: bytes) -> memoryview:
@@ -226,52 +230,53 @@ def test_an_interrupt_of_close_waits_for_the_piece_that_is_being_written_and_giv
 
 
 @pytest.mark.usefixtures("by_thread")
-def test_an_interrupt_while_close_asks_whether_the_thread_lives_does_not_end_the_wait(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("writes", [True, False], ids=["while it writes", "when it has written"])
+@pytest.mark.parametrize("at", range(1, 25))
+def test_an_interrupt_anywhere_in_the_wait_of_close_does_not_end_the_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, writes: bool
 ) -> None:
     began, may_go = threading.Event(), threading.Event()
     written: list[int] = []
+    lines = 0
 
     def write(pieces: Sequence[memoryview], offset: int) -> None:
         began.set()
         may_go.wait(30)
         written.append(offset)
 
-    def interrupt(number: int, frame: object) -> None:
-        signal.signal(signal.SIGALRM, let_go)
-        raise KeyboardInterrupt
+    def trace(frame: FrameType, event: str, argument: Any) -> TraceFunction | None:
+        nonlocal lines
+        if frame.f_code not in (BulkWriter._end.__code__, BulkWriter._has_written.__code__):
+            return None
+        if event in ("call", "line"):
+            lines += 1
+            if lines == at:
+                threading.Timer(0.02, may_go.set).start()
+                raise KeyboardInterrupt
+        return trace
 
-    def let_go(number: int, frame: object) -> None:
-        may_go.set()
-
-    class Ended:
-        """The queue that is asked, which has the interrupts begin."""
-
-        def __init__(self, queue: SimpleQueue[None]) -> None:
-            self.queue = queue
-            self.put = queue.put
-            self.asked = False
-
-        def get(self, *, timeout: float) -> None:
-            if not self.asked:
-                self.asked = True
-                signal.setitimer(signal.ITIMER_REAL, 0.01, 0.05)
-            self.queue.get(timeout=timeout)
-
-    monkeypatch.setattr("cowkit.diff.bulk_writer._BEGINS_WITHIN", 0.0)  # it asks all the time
+    monkeypatch.setattr("cowkit.diff.bulk_writer._BEGINS_WITHIN", 0.001)  # it asks all the time
     writer = BulkWriter(write)
-    monkeypatch.setattr(writer, "_ended", Ended(writer._ended))
     writer.fd = fd = os.open(tmp_path / "out", os.O_RDWR | os.O_CREAT)
-    before = signal.signal(signal.SIGALRM, interrupt)
+    before = sys.gettrace()
     try:
         writer.write([PIECES[2]], len(PIECES[2]), 0)
         assert began.wait(30)
-        with pytest.raises(KeyboardInterrupt):
+        if not writes:
+            may_go.set()
+            writer.drain()
+        sys.settrace(trace)
+        try:
             writer.close()
+        except KeyboardInterrupt:
+            assert lines >= at
+        else:
+            assert lines < at
+        finally:
+            sys.settrace(before)
         assert written == [0]
+        assert writer.fd == -1
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
         may_go.set()
         os.close(fd)
 
